@@ -1,0 +1,1 @@
+"""What the stages share: on-disk formats, language models, sparse autoencoders, and the ground floor below them."""

@@ -1,0 +1,31 @@
+"""The two ways a command ends early, and the exit status each one maps to.
+
+A message is one line and names the value, the limit it breaks and the remedy. A traceback that reaches
+the user is a bug, except with ``--debug``.
+"""
+
+
+class SaexError(Exception):
+    """A failure that is not the fault of the input: exit status 1."""
+
+    exit_status = 1
+
+
+class InputError(SaexError):
+    """Input that cannot be used: exit status 2.
+
+    ``problem`` names the value and the limit, ``remedy`` says what to do about it.
+    """
+
+    exit_status = 2
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+
+
+class PreemptedError(SaexError):
+    """SIGTERM arrived and the work in hand is committed: exit status 75, "run me again"."""
+
+    exit_status = 75

@@ -1,0 +1,1 @@
+"""Decoder-only language models: weights, tokenizers, forward pass and taps."""

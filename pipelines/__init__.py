@@ -1,0 +1,1 @@
+"""The command line, the chain of stages, and the recipes."""

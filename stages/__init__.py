@@ -1,0 +1,1 @@
+"""The stages. Each is an island: one Config, one run(config), and helpers of its own."""

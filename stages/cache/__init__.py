@@ -1,0 +1,1 @@
+"""Activation store and sparse autoencoder to the feature cache."""

@@ -1,0 +1,1 @@
+"""Token windows through the language model to the activation store."""

@@ -1,0 +1,1 @@
+"""Synthetic activations with a known dictionary."""

@@ -1,0 +1,1 @@
+"""Activation store to a sparse autoencoder."""
