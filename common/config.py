@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_origin
 
 import pydantic
-
 from saex_pipe.common.errors import InputError
 
 
@@ -23,6 +22,7 @@ class Upstream:
     """Marks a field that holds the URI of another stage's output folder."""
 
     folder: str  # the folder under the run root where the chain puts that output
+    only_with: tuple[str, ...] = ()  # an optional field is filled in where the chain has one of these stages
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,284 @@
+"""Manifest and ledger: what is in a stage's folder, and whether it is finished.
+
+``started.json``   written first: the configuration whose output this folder is receiving
+``ledger/N.json``  one entry a finished shard, written after the shard itself
+``manifest.json``  written last: its presence means done
+
+The digest covers the stage, its schema version, the settings that change the result, the digests of the
+upstream outputs and the identities of outside files. A folder with the same digest is continued or, when it
+has a manifest, left alone; one with another digest is refused, naming the fields, unless ``force`` is given:
+then the new output grows in ``NAME.new`` beside it and replaces the old one when it is complete.
+"""
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from saex_pipe.common import resources
+from saex_pipe.common.config import Resource, StageConfig, Upstream, canonical_digest
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.metrics_log import MetricsLog
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+METRICS = "metrics.jsonl"
+_TOOLS = ("saex-pipe", "jax", "jaxlib", "flax", "optax", "tensorstore", "zarr", "transformers", "gguf", "apache-beam")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of ``manifest.json``."""
+
+    stage: str
+    schema_version: int
+    digest: str
+    fingerprint: dict[str, Any]  # what the digest is taken of, by field
+    config: dict[str, Any]
+    inputs: dict[str, str]  # field -> URI, as given
+    versions: dict[str, str]
+    contents: dict[str, Any]  # geometry and statistics, by stage
+    totals: dict[str, Any]  # counts with their unit in the name
+    timings: dict[str, float]  # seconds of the process that finished; resumed: 1 where others had begun
+    finished_at: str
+
+    @staticmethod
+    def read(folder: Folder) -> "Manifest | None":
+        """The manifest of ``folder``, None while it is not finished."""
+        data = folder.read(MANIFEST)
+        if data is None:
+            return None
+        try:
+            return Manifest(**json.loads(data))
+        except (ValueError, TypeError):
+            raise InputError(
+                f"{folder.uri}/{MANIFEST} is not a manifest of this version of saex-pipe",
+                "delete the folder and run its stage again",
+            ) from None
+
+    @staticmethod
+    def require(uri: str, stages: tuple[str, ...], schema_version: int = 1) -> "Manifest":
+        """The manifest at ``uri``, written by one of ``stages`` with ``schema_version``; else an InputError."""
+        manifest = Manifest.read(Folder(uri))
+        if manifest is None:
+            raise InputError(
+                f"{uri} holds no finished output of {' or '.join(stages)}",
+                f"run 'saex-pipe {stages[0]}' first or point to a folder with a {MANIFEST}",
+            )
+        if manifest.stage not in stages:
+            raise InputError(f"{uri} was written by {manifest.stage}", f"give the output of {' or '.join(stages)}")
+        if manifest.schema_version != schema_version:
+            raise InputError(
+                f"{uri} has schema version {manifest.schema_version}, this version of saex-pipe reads {schema_version}",
+                f"run 'saex-pipe {manifest.stage}' again with --force, or install the version that wrote it "
+                f"(saex-pipe {manifest.versions.get('saex-pipe', 'unknown')})",
+            )
+        return manifest
+
+
+def fingerprint(config: StageConfig) -> dict[str, Any]:
+    """Everything the result depends on: settings, upstream digests, identities of outside files."""
+    fields: dict[str, Any] = {"stage": config.stage, "schema_version": config.schema_version}
+    fields |= config.result_fields()
+    for name in config.marked(Upstream):
+        uri = getattr(config, name)
+        if uri is not None:
+            upstream = Manifest.read(Folder(uri))
+            if upstream is None:
+                raise InputError(
+                    f"{config.stage}.{name} = {uri!r} holds no finished output",
+                    "run the stage that writes it first, or point to a folder with a manifest.json",
+                )
+            fields[name] = upstream.digest
+        else:
+            fields[name] = None
+    for name in config.marked(Resource):
+        value = getattr(config, name)
+        if value is None or isinstance(value, str):
+            fields[name] = value and resources.identity(value)
+        else:
+            fields[name] = [resources.identity(uri) for uri in value]
+    return fields
+
+
+class StageOutput:
+    """One stage's output folder while the stage runs."""
+
+    def __init__(self, config: StageConfig, folder: Folder, target: Folder, fields: dict[str, Any]) -> None:
+        self.config = config
+        self.folder = folder  # where this run writes
+        self.target = target  # where the output will be found
+        self.fields = fields
+        self.manifest: Manifest | None = None  # set when the output is finished
+        self.metrics = MetricsLog(folder.local_path(), lambda data: folder.write(METRICS, data))
+        self.resumed = folder.read(STARTED) is not None
+        self._start = time.monotonic()
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the folder already held this very output."""
+        return self.manifest is not None
+
+    @property
+    def digest(self) -> str:
+        """The digest of this output."""
+        return canonical_digest(self.fields)
+
+    def ledger(self) -> dict[int, dict[str, Any]]:
+        """The entries of the shards finished so far, by shard number."""
+        entries = {}
+        for name in self.folder.list("ledger/"):
+            data = self.folder.read(name)
+            if data is not None:
+                entries[int(name.removeprefix("ledger/").removesuffix(".json"))] = json.loads(data)
+        return entries
+
+    def commit_shard(self, shard: int, entry: dict[str, Any]) -> None:
+        """Record shard ``shard`` as finished; its data must be durable before this call."""
+        commit_shard(self.folder, shard, entry)
+
+    def finish(self, *, contents: dict[str, Any], totals: dict[str, Any]) -> Manifest:
+        """Write the manifest, which makes the output finished."""
+        inputs = {
+            name: getattr(self.config, name) for name in (*self.config.marked(Upstream), *self.config.marked(Resource))
+        }
+        self.metrics.close()
+        manifest = Manifest(
+            stage=self.config.stage,
+            schema_version=self.config.schema_version,
+            digest=self.digest,
+            fingerprint=self.fields,
+            config=self.config.model_dump(mode="json"),
+            inputs=inputs,
+            versions=_versions(),
+            contents=contents,
+            totals=totals,
+            timings={"seconds": round(time.monotonic() - self._start, 3), "resumed": float(self.resumed)},
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self.folder.write(MANIFEST, json.dumps(manifest.__dict__, indent=1, sort_keys=True).encode())
+        self.manifest = manifest
+        return manifest
+
+
+def commit_shard(folder: Folder, shard: int, entry: dict[str, Any]) -> None:
+    """Write the ledger entry of shard ``shard``, for workers that have only the folder."""
+    folder.write(f"ledger/{shard:06d}.json", json.dumps(entry, sort_keys=True).encode())
+
+
+@contextmanager
+def stage_output(config: StageConfig, *, force: bool = False) -> Iterator[StageOutput]:
+    """Open ``config.out`` for this configuration: up to date, to be continued, or fresh.
+
+    Raises an InputError naming the differing fields when the folder belongs to another configuration and
+    ``force`` is not given.
+    """
+    fields = fingerprint(config)
+    digest = canonical_digest(fields)
+    target, staging = Folder(config.out), Folder(f"{config.out.rstrip('/')}.new")
+    _complete_replacement(staging, target, digest)
+    found = _found(target)
+    output = StageOutput(config, target, target, fields)
+    if found is not None and canonical_digest(found) != digest:
+        if not force:
+            raise _differs(config, target, found, fields)
+        output = StageOutput(config, staging, target, fields)
+        waiting = _found(staging)
+        if waiting is not None and canonical_digest(waiting) != digest:
+            staging.delete()
+    elif found is None and target.list():
+        raise InputError(f"{target.uri} holds files that are not a stage's output", "choose another --out or empty it")
+    else:
+        output.manifest = Manifest.read(target)
+    if output.manifest is None:
+        output.folder.write(STARTED, json.dumps(fields, sort_keys=True).encode())
+    try:
+        yield output
+    except BaseException:
+        _discard_if_empty(output.folder)
+        raise
+    finally:
+        output.metrics.close()
+    if output.folder is staging and output.manifest is not None:
+        _replace(staging, target)
+        output.folder = target
+
+
+def _discard_if_empty(folder: Folder) -> None:
+    """Remove a folder in which nothing but the intention was written: bad input must not be in the way later."""
+    if {*folder.list()} <= {STARTED, METRICS}:
+        folder.delete()
+        local = folder.local_path()
+        if local is not None:
+            shutil.rmtree(local, ignore_errors=True)
+
+
+def _found(folder: Folder) -> dict[str, Any] | None:
+    """The fingerprint of what ``folder`` holds or is receiving, None for an empty one."""
+    manifest = Manifest.read(folder)
+    if manifest is not None:
+        return manifest.fingerprint
+    started = folder.read(STARTED)
+    return None if started is None else dict(json.loads(started))
+
+
+def _differs(config: StageConfig, target: Folder, found: dict[str, Any], fields: dict[str, Any]) -> InputError:
+    names = [name for name in sorted({*found, *fields}) if found.get(name) != fields.get(name)]
+    shown = ", ".join(f"{name} ({_brief(found.get(name))} there, {_brief(fields.get(name))} now)" for name in names)
+    return InputError(
+        f"{target.uri} holds the output of another configuration of {config.stage}: {shown}",
+        "--force replaces it, another --out keeps both",
+    )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:36]}...{text[-1]}"
+
+
+def _complete_replacement(staging: Folder, target: Folder, digest: str) -> None:
+    """Finish a replacement that was interrupted after its output was complete."""
+    manifest = Manifest.read(staging)
+    if manifest is not None and manifest.digest == digest:
+        _replace(staging, target)
+
+
+def _replace(staging: Folder, target: Folder) -> None:
+    """Put the finished ``staging`` in the place of ``target``. Interrupted anywhere, it can be run again:
+    the staging manifest goes last, and without a target manifest nobody takes the target for finished.
+    """
+    old, new = target.local_path(), staging.local_path()
+    if old is not None and new is not None:
+        grave = old.with_name(f"{old.name}.old")
+        shutil.rmtree(grave, ignore_errors=True)
+        if old.exists():
+            old.rename(grave)
+        new.rename(old)
+        shutil.rmtree(grave, ignore_errors=True)
+        return
+    target.delete(MANIFEST)
+    names = staging.list()
+    for stale in set(target.list()) - set(names):
+        target.delete(stale)
+    for name in sorted(names, key=lambda name: name == MANIFEST):
+        data = staging.read(name)
+        if data is not None:
+            target.write(name, data)
+    staging.delete()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for tool in _TOOLS:
+        try:
+            versions[tool] = metadata.version(tool)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

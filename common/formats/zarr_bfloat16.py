@@ -1,0 +1,64 @@
+"""bfloat16 for zarr-python, which has none: with saex-pipe installed, any zarr user opens the stores.
+
+Registered through the entry point ``zarr.data_type`` in pyproject.toml.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import ml_dtypes
+import numpy as np
+from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
+from zarr.core.dtype.npy.common import float_from_json_v3, float_to_json_v3
+from zarr.core.dtype.wrapper import ZDType
+
+_NATIVE = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BFloat16(ZDType, HasEndianness, HasItemSize):  # type: ignore[type-arg]
+    """The Zarr v3 data type "bfloat16" as NumPy's ml_dtypes.bfloat16. Zarr v2 has no name for it."""
+
+    dtype_cls = type(_NATIVE)
+    _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"
+
+    @classmethod
+    def from_native_dtype(cls, dtype: np.dtype[Any]) -> Self:
+        if dtype == _NATIVE:
+            return cls()
+        raise DataTypeValidationError(f"{dtype} is not bfloat16")
+
+    def to_native_dtype(self) -> np.dtype[Any]:
+        return _NATIVE
+
+    @classmethod
+    def _from_json_v2(cls, data: Any) -> Self:
+        raise DataTypeValidationError(f"Zarr v2 has no bfloat16 (found {data})")
+
+    @classmethod
+    def _from_json_v3(cls, data: Any) -> Self:
+        if data == cls._zarr_v3_name:
+            return cls()
+        raise DataTypeValidationError(f"{data} is not bfloat16")
+
+    def to_json(self, zarr_format: int) -> Any:
+        return self._zarr_v3_name
+
+    def _check_scalar(self, data: object) -> bool:
+        return isinstance(data, float | int | np.floating | np.integer | ml_dtypes.bfloat16)
+
+    def cast_scalar(self, data: Any) -> Any:
+        return ml_dtypes.bfloat16(data)
+
+    def default_scalar(self) -> Any:
+        return ml_dtypes.bfloat16(0)
+
+    def from_json_scalar(self, data: Any, *, zarr_format: int) -> Any:
+        return ml_dtypes.bfloat16(float_from_json_v3(data) if isinstance(data, str) else float(data))
+
+    def to_json_scalar(self, data: Any, *, zarr_format: int) -> Any:
+        return float_to_json_v3(float(data))
+
+    @property
+    def item_size(self) -> int:
+        return _NATIVE.itemsize

@@ -1,0 +1,179 @@
+"""Tokenizers: from ``tokenizer.json`` of a Hugging Face folder, or from the metadata of a GGUF file.
+
+Neither jax nor torch is imported. A GGUF file's tokenizer is converted once (see ``gguf_tokenizer``) and kept as
+``tokenizer.json`` in the cache folder.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.resources import cache_folder
+
+if TYPE_CHECKING:
+    from saex_pipe.common.llm.architecture import Architecture
+
+# Part of the cache key: raise it when the conversion from GGUF changes.
+_CONVERSION = 1
+
+
+class SpecialTokens(NamedTuple):
+    """Ids with a role, None where the model names none, and whether a text starts with ``bos``."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    adds_bos: bool
+
+
+class Tokenizer:
+    """Text to ids and back. Encoding never adds special tokens: who packs windows decides where they go."""
+
+    def __init__(self, tokenizer_json: str, special: SpecialTokens) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.bos, self.eos, self.pad, self.adds_bos = special
+        self.digest = hashlib.sha256(tokenizer_json.encode()).hexdigest()  # of tokenizer.json
+        self.vocabulary: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Every id that stands for structure rather than text: control tokens, and bos, eos and pad."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        named = {token for token in (self.bos, self.eos, self.pad) if token is not None}
+        return frozenset(named | {number for number, token in added.items() if token.special})
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " length"]]:
+        """Ids (int32) of each text, without special tokens; ones spelled out in a text are encoded as such."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " length"]) -> str:
+        """The text of a run of ids, special tokens spelled out."""
+        return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=False)
+
+    def token_text(self, number: int) -> str:
+        """One token for display: its text with its leading space, bytes of a broken character as \\xNN."""
+        piece = self._tokenizer.id_to_token(int(number))
+        if piece is None:
+            return f"<id {number}>"
+        if number in self.special_ids:
+            return piece
+        if self._is_byte_level:
+            raw = b"".join(_BYTES.get(letter, letter.encode()) for letter in piece)
+            return raw.decode("utf-8", errors="backslashreplace")
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)]).decode("utf-8", errors="backslashreplace")
+        return piece.replace("▁", " ")
+
+    def check_fits(self, architecture: "Architecture") -> None:
+        """Raise an ``InputError`` where a token's id has no row in the model's embedding."""
+        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= architecture.vocabulary:
+            raise InputError(
+                f"the tokenizer's largest id {largest} does not fit the model's {architecture.vocabulary} embeddings",
+                "use the model's own tokenizer",
+            )
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
+        return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a ``.gguf`` file, a Hugging Face folder, or a ``tokenizer.json``.
+
+    Raises an ``InputError`` where there is none, or it cannot be read.
+    """
+    if path.is_dir():
+        return _from_json(path / "tokenizer.json", _folder_specials(path))
+    if path.suffix == ".json":
+        return _from_json(path, _folder_specials(path.parent))
+    return _from_gguf(path)
+
+
+def _from_json(path: Path, special: dict[str, Any]) -> Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", "name a tokenizer with tokenizer.json") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a tokenizer.json", "get an intact copy of it") from None
+    try:
+        vocabulary = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{path} is not a tokenizer.json: {error}", "get an intact copy of it") from None
+    ids = {role: vocabulary.token_to_id(token) for role in ("bos", "eos", "pad") if (token := special.get(role))}
+    adds_bos = bool(special.get("adds_bos", False)) and ids.get("bos") is not None
+    return Tokenizer(text, SpecialTokens(ids.get("bos"), ids.get("eos"), ids.get("pad"), adds_bos))
+
+
+def _folder_specials(folder: Path) -> dict[str, Any]:
+    """Roles from ``tokenizer_config.json`` beside ``tokenizer.json``; without it no token has one."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    spelled = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+    return {**spelled, "adds_bos": config.get("add_bos_token", False)}
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    kept = _cache_file(path)
+    try:
+        record = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # Slow imports (2 s), and only where nothing is cached yet.
+        from saex_pipe.common.llm.gguf_tokenizer import convert
+
+        text, special = convert(path)
+        record = {"tokenizer": text, "special": special}
+        _keep(kept, json.dumps(record))
+    return Tokenizer(record["tokenizer"], SpecialTokens(**record["special"]))
+
+
+def _cache_file(path: Path) -> Path:
+    """Where the tokenizer of this very file is kept: another size or time of change is another file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
+    identity = f"{_CONVERSION} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    return cache_folder() / "tokenizers" / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+
+
+def _keep(path: Path, text: str) -> None:
+    """Write whole or not at all. A cache that cannot be written costs time, not the run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The letters by which byte-level BPE spells bytes: printable Latin-1 as itself, the others from U+0100 on.
+
+    Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/encoder.py
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    letters = {chr(byte): bytes([byte]) for byte in printable}
+    return letters | {chr(256 + place): bytes([byte]) for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()

@@ -1,0 +1,108 @@
+"""To and from the layout of SAELens, in memory: the dict of ``cfg.json`` and the arrays of ``sae_weights.safetensors``.
+
+Written for SAELens 6 (``SAE.load_from_disk``), tried with 6.54. Its names: W_enc [d_in, d_sae], b_enc [d_sae],
+W_dec [d_sae, d_out], b_dec [d_out]; architectures "topk", "standard" (ReLU) and "transcoder" (ReLU).
+A TopK transcoder has no class of its own there: with equal widths SAELens' "topk" without ``apply_b_dec_to_input``
+computes the same, with different widths no SAELens class does, and the architecture is called "topk_transcoder".
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.sae.contract import Params, Variant
+from saex_pipe.common.sae.relu import Relu
+from saex_pipe.common.sae.topk import TopK
+
+SAELENS_VERSION = "6.54.12"  # from 6.0 on, SAELens reads cfg.json as written here
+TENSOR_NAMES = {"W_enc": "w_enc_DF", "b_enc": "b_enc_F", "W_dec": "w_dec_FD", "b_dec": "b_dec_D"}
+EXACT_SETTINGS = {"normalize_activations": "none", "reshape_activations": "none", "rescale_acts_by_decoder_norm": False}
+
+
+def to_saelens(
+    variant: Variant, params: Params, metadata: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The contents of ``cfg.json`` and of ``sae_weights.safetensors`` (float32).
+
+    Args:
+        variant: what was trained.
+        params: in raw units (see ``folding.fold``).
+        metadata: JSON values about the origin; SAELens knows ``model_name``, ``hook_name`` (TransformerLens' names),
+            ``hook_name_out`` (transcoders), ``context_size``, ``prepend_bos``, ``dataset_path`` and others.
+    """
+    width_in, width_out = params["w_enc_DF"].shape[0], params["w_dec_FD"].shape[1]
+    cfg: dict[str, Any] = {
+        "d_in": width_in,
+        "d_sae": variant.latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": isinstance(variant, TopK) and not variant.transcoder,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
+    }
+    match variant:
+        case TopK():
+            cfg |= {"architecture": "topk", "k": variant.k, "rescale_acts_by_decoder_norm": False}
+            if variant.transcoder:
+                cfg |= {"architecture": "topk" if width_in == width_out else "topk_transcoder", "d_out": width_out}
+        case Relu(transcoder=True):
+            cfg |= {"architecture": "transcoder", "d_out": width_out}
+        case _:
+            cfg |= {"architecture": "standard"}
+    return cfg, {theirs: np.asarray(params[ours], np.float32) for theirs, ours in TENSOR_NAMES.items()}
+
+
+def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Variant, Params]:
+    """The variant and its parameters, in raw units.
+
+    What only training needs (coefficients) is not in the layout and comes back as the default, a ReLU's sparsity
+    coefficient as 0. A ReLU that subtracts ``b_dec`` from its input comes back with the product moved into ``b_enc``.
+
+    Raises:
+        InputError: an architecture or setting that is not computed here, or missing or misshapen tensors.
+    """
+    _refuse_other_settings(cfg)
+    params = _checked_params(cfg, tensors)
+    latents, transcoder = int(cfg["d_sae"]), "transcoder" in cfg["architecture"]
+    subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", not transcoder))
+    if cfg["architecture"] in ("topk", "topk_transcoder"):
+        return TopK(latents=latents, k=int(cfg["k"]), transcoder=not subtracts_b_dec), params
+    if subtracts_b_dec:
+        params["b_enc_F"] = params["b_enc_F"] - params["b_dec_D"] @ params["w_enc_DF"]
+    return Relu(latents=latents, sparsity_coefficient=0.0, transcoder=transcoder), params
+
+
+def _refuse_other_settings(cfg: Mapping[str, Any]) -> None:
+    missing = sorted({"architecture", "d_in", "d_sae"} - cfg.keys())
+    if missing:
+        raise InputError(f"cfg.json lacks {', '.join(missing)}", "pass a folder written by SAELens 6 or saex-pipe")
+    known = ("standard", "topk", "topk_transcoder", "transcoder")
+    if cfg["architecture"] not in known:
+        raise InputError(f"architecture {cfg['architecture']!r} is not known", f"known are {', '.join(known)}")
+    if cfg["architecture"].startswith("topk") and "k" not in cfg:
+        raise InputError("cfg.json lacks k", "add the number of active latents per row")
+    for name, value in EXACT_SETTINGS.items():
+        if cfg.get(name, value) != value:
+            raise InputError(f"{name} = {cfg[name]!r} is not supported", f"fold it in SAELens, leaving {value!r}")
+
+
+def _checked_params(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Params:
+    missing = sorted(TENSOR_NAMES.keys() - tensors.keys())
+    if missing:
+        raise InputError(f"sae_weights lacks {', '.join(missing)}", "write the folder again")
+    width_in, latents, width_out = int(cfg["d_in"]), int(cfg["d_sae"]), int(cfg.get("d_out", cfg["d_in"]))
+    expected = {
+        "W_enc": (width_in, latents),
+        "b_enc": (latents,),
+        "W_dec": (latents, width_out),
+        "b_dec": (width_out,),
+    }
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise InputError(
+                f"{name} has shape {tensors[name].shape}, cfg.json says {shape}", "both files must be of one SAE"
+            )
+    return {ours: jnp.asarray(tensors[theirs], jnp.float32) for theirs, ours in TENSOR_NAMES.items()}

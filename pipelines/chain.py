@@ -1,0 +1,173 @@
+"""The chain: which stages a run has, their configurations, and the URIs that join them.
+
+A stage that stands alone is a chain of one: the same recipe, the same wiring, the same ``run``.
+"""
+
+import difflib
+import importlib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from saex_pipe.common.config import StageConfig, Upstream, canonical_digest, comma_list, parse_assignment
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.manifest import Manifest, fingerprint
+
+# In the order in which they can run. The configuration is light to import; what runs it is not.
+STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
+_RECIPES = files("saex_pipe.pipelines.recipes")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a TOML file says: the stages of a chain and the settings of each."""
+
+    name: str
+    title: str
+    stages: tuple[str, ...]
+    settings: Mapping[str, Mapping[str, Any]]
+    text: str
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _RECIPES.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of that name, or the one in the file ``name`` where it ends in .toml."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{name} cannot be read ({error.strerror})", "give a TOML file or the name of a recipe") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{name} is not a text file", "give a TOML file or the name of a recipe") from None
+        stem = path.stem
+    else:
+        if name not in recipe_names():
+            near = difflib.get_close_matches(name, recipe_names(), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(
+                f"there is no recipe {name!r}", f"{hint}recipes are {', '.join(recipe_names())}; a file must end in .toml"
+            )
+        text, stem = _RECIPES.joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{name} is not TOML ({error})", "mend that line") from None
+    return _recipe(stem, table, text)
+
+
+def _recipe(name: str, table: dict[str, Any], text: str) -> Recipe:
+    settings = {key: value for key, value in table.items() if isinstance(value, dict)}
+    for key in table:
+        if key not in (*STAGES, "title", "stages"):
+            raise InputError(f"recipe {name} has a key {key!r}", f"its keys are title, stages, and tables {', '.join(STAGES)}")
+    stages = table.get("stages", [stage for stage in STAGES if stage in settings])
+    for stage in stages:
+        require_stage(stage)
+    return Recipe(name, str(table.get("title", "")), tuple(sorted(stages, key=STAGES.index)), settings, text)
+
+
+def require_stage(stage: str) -> str:
+    """``stage`` itself; an InputError names the stages there are."""
+    if stage not in STAGES:
+        near = difflib.get_close_matches(stage, STAGES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"there is no stage {stage!r}", f"{hint}stages are {', '.join(STAGES)}")
+    return stage
+
+
+def config_class(stage: str) -> type[StageConfig]:
+    """The configuration class of a stage."""
+    config: type[StageConfig] = importlib.import_module(f"saex_pipe.stages.{require_stage(stage)}.config").Config
+    return config
+
+
+def run_stage(config: StageConfig, *, force: bool) -> Any:
+    """Run the stage that ``config`` belongs to."""
+    return importlib.import_module(f"saex_pipe.stages.{config.stage}.run").run(config, force=force)
+
+
+def with_assignments(recipe: Recipe, assignments: Sequence[str], stage: str | None = None) -> Recipe:
+    """``recipe`` with ``--set`` assignments applied: ``stage.key=value``, or ``key=value`` where ``stage`` is given."""
+    settings = {name: dict(values) for name, values in recipe.settings.items()}
+    for text in assignments:
+        key, value = parse_assignment(text)
+        head, dot, rest = key.partition(".")
+        if dot:
+            owner, key = require_stage(head), rest
+        elif stage is not None:
+            owner = stage
+        else:
+            raise InputError(f"--set {text!r} names no stage", "write stage.key=value, for instance train.k=64")
+        settings.setdefault(owner, {})[key] = comma_list(config_class(owner), key, value)
+    return Recipe(recipe.name, recipe.title, recipe.stages, settings, recipe.text)
+
+
+def configure(recipe: Recipe, stage: str, out: str, places: Mapping[str, str] | None = None) -> StageConfig:
+    """The configuration of one stage of a run at ``out``.
+
+    What the recipe leaves open is joined up: an input comes from the folder of the stage that writes it, under
+    ``out`` unless ``places`` says otherwise; the tokenizer and the model to evaluate are those of the harvest.
+    """
+    cls = config_class(stage)
+    values = {"out": join(out, cls.folder), **recipe.settings.get(stage, {})}
+    for name in cls.marked(Upstream):
+        field = cls.model_fields[name]
+        mark = next(m for m in field.metadata if isinstance(m, Upstream))
+        if field.is_required() or {*mark.only_with} & {*recipe.stages}:
+            values.setdefault(name, (places or {}).get(mark.folder, join(out, mark.folder)))
+    model = recipe.settings.get("harvest", {}).get("model")
+    if model is not None and stage == "corpus":
+        values.setdefault("tokenizer", model)
+    if model is not None and stage == "evaluate":
+        values.setdefault("model", model)
+    return cls.create(values)
+
+
+def join(root: str, folder: str) -> str:
+    """The URI of ``folder`` under ``root``."""
+    return f"{root.rstrip('/')}/{folder}"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One stage of a run after it is done."""
+
+    config: StageConfig
+    manifest: Manifest
+    ran: bool  # False: it was up to date
+
+
+def run_chain(
+    recipe: Recipe, out: str, *, stages: Sequence[str], upstream: str | None = None, force: bool = False
+) -> Iterator[Finished]:
+    """Run ``stages`` of a recipe in order, each where its result is not there yet.
+
+    A stage whose result stands under ``upstream`` is taken from there. Stages of the recipe that are not in
+    ``stages`` are taken as they are.
+    """
+    places: dict[str, str] = {}
+    for stage in recipe.stages:
+        config = configure(recipe, stage, out, places)
+        if upstream is not None and not is_up_to_date(config):
+            elsewhere = config.model_copy(update={"out": join(upstream, config.folder)})
+            if is_up_to_date(elsewhere) or (stage not in stages and Manifest.read(Folder(config.out)) is None):
+                config = elsewhere
+        places[config.folder] = config.out
+        if stage in stages:
+            ran = not is_up_to_date(config)
+            yield Finished(config, run_stage(config, force=force), ran)
+
+
+def is_up_to_date(config: StageConfig) -> bool:
+    """Whether ``config.out`` already holds the result of this very configuration."""
+    manifest = Manifest.read(Folder(config.out))
+    return manifest is not None and manifest.digest == canonical_digest(fingerprint(config))

@@ -1,0 +1,193 @@
+"""The command line. It parses, calls ``chain``, and prints; imports that take time happen inside the commands."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saex_pipe.common.errors import SaexError
+
+if TYPE_CHECKING:
+    from saex_pipe.pipelines.chain import Recipe
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Sparse autoencoders on language-model activations, as stages that can be killed and run again.",
+)
+
+_RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE|FILE.toml", help="Name of a recipe, or a TOML file.")]
+_OptionalRecipe = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE|FILE.toml]", help="Name of a recipe, or a TOML file.")
+]
+_Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
+_Out = Annotated[str | None, typer.Option(metavar="URI", help="Folder of the run  [default: runs/RECIPE]")]
+_Force = Annotated[bool, typer.Option("--force", help="Replace results of other settings.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Sparse autoencoders on language-model activations, as stages that can be killed and run again."""
+
+
+@app.command()
+def run(
+    recipe: _RecipeArgument,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="The one stage to run.")] = None,
+    set_: _Set = None,
+    out: _Out = None,
+    upstream: Annotated[
+        str | None, typer.Option(metavar="URI", help="Folder of another run, whose results are used where they fit.")
+    ] = None,
+    force: _Force = False,
+) -> None:
+    """Run the stages of a recipe, each where its result is not there yet."""
+    from saex_pipe.pipelines import chain, console
+
+    loaded = chain.with_assignments(chain.load_recipe(recipe), set_ or [])
+    stages = _chosen(loaded, from_, only)
+    finished = []
+    for stage in chain.run_chain(loaded, out or _default_out(loaded.name), stages=stages, upstream=upstream, force=force):
+        console.print_stage(stage)
+        finished.append(stage)
+    console.print_table(finished)
+
+
+def _chosen(recipe: "Recipe", first: str | None, only: str | None) -> Sequence[str]:
+    from saex_pipe.common.errors import InputError
+
+    for stage in (first, only):
+        if stage is not None and stage not in recipe.stages:
+            raise InputError(f"recipe {recipe.name} has no stage {stage!r}", f"its stages are {', '.join(recipe.stages)}")
+    if only is not None:
+        return [only]
+    return recipe.stages[recipe.stages.index(first) :] if first is not None else recipe.stages
+
+
+def _default_out(name: str) -> str:
+    return f"runs/{name}"
+
+
+def _stage_command(stage: str, summary: str) -> Callable[..., None]:
+    def command(
+        recipe: _OptionalRecipe = None, set_: _Set = None, out: _Out = None, force: _Force = False
+    ) -> None:
+        from saex_pipe.pipelines import chain, console
+
+        loaded = chain.load_recipe(recipe) if recipe is not None else chain.Recipe("custom", "", (), {}, "")
+        loaded = chain.with_assignments(loaded, set_ or [], stage)
+        config = chain.configure(loaded, stage, out or _default_out(loaded.name))
+        ran = not chain.is_up_to_date(config)
+        console.print_stage(chain.Finished(config, chain.run_stage(config, force=force), ran))
+
+    command.__doc__ = summary
+    return command
+
+
+for _stage, _summary in {
+    "corpus": "Text to windows of token ids.",
+    "toy": "Synthetic activations with a known dictionary.",
+    "harvest": "Token windows through a language model to an activation store.",
+    "train": "Activation store to a sparse autoencoder.",
+    "evaluate": "Scores of a sparse autoencoder.",
+    "cache": "Activation store and autoencoder to what is known about each feature.",
+    "view": "Feature cache to a page, or a local server (--set serve=true).",
+}.items():
+    app.command(_stage)(_stage_command(_stage, _summary))
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Recipe to print.")] = None) -> None:
+    """List the recipes, or print one."""
+    from saex_pipe.pipelines import chain
+
+    if name is not None:
+        typer.echo(chain.load_recipe(name).text, nl=False)
+        return
+    for recipe in map(chain.load_recipe, chain.recipe_names()):
+        typer.echo(f"{recipe.name:<12}{recipe.title}")
+
+
+@app.command()
+def status(uri: Annotated[str, typer.Argument(metavar="URI", help="Folder of a run, or of one stage.")]) -> None:
+    """Show what is finished."""
+    from saex_pipe.pipelines import console
+
+    console.print_status(uri)
+
+
+@app.command("config")
+def show_config(stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage whose settings to show.")]) -> None:
+    """Print every setting of a stage with its default, unit and meaning."""
+    from saex_pipe.pipelines import chain, console
+
+    console.print_settings(chain.config_class(stage))
+
+
+@contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn what went wrong into one line and an exit status; with ``debug`` the traceback comes first."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted; what was finished is kept, run the same command again to go on", 130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        known = _known_error(error)
+        if known is not None:
+            _fail(str(known), known.exit_status)
+        _fail(f"unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", 1)
+
+
+def _known_error(error: BaseException) -> SaexError | None:
+    """The SaexError in a chain of causes: a pipeline runner wraps what its workers raise."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, SaexError):
+            return seen
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return _disk_error(seen)
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _disk_error(error: OSError) -> SaexError:
+    import errno
+
+    from saex_pipe.common.errors import InputError
+
+    place = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SaexError(f"{place}: the disk is full; free some space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError(f"{place}: no permission", "change its rights or choose another place")
+    return SaexError(f"{place}: {error.strerror}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"saex-pipe: {' '.join(message.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    raise SystemExit(status)
+
+
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """Entry point of ``saex-pipe``."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Beam, JAX and TensorStore write informational lines to stderr that would break up the progress bar.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with _one_line_errors("--debug" in arguments):
+        app(arguments)

@@ -1,0 +1,106 @@
+"""Documents from text files: .txt, .jsonl and .parquet, each also compressed with gzip or Zstandard."""
+
+import contextlib
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from saex_pipe.common import resources
+from saex_pipe.common.errors import InputError
+
+_FORMATS = (".txt", ".jsonl", ".parquet")
+_COMPRESSIONS = (".gz", ".zst")
+
+
+def check_source(uri: str) -> str:
+    """The format of ``uri`` by its name; an InputError when it is none of the known ones."""
+    name = uri.partition("#")[0].lower()
+    for compression in _COMPRESSIONS:
+        name = name.removesuffix(compression)
+    for suffix in _FORMATS:
+        if name.endswith(suffix):
+            return suffix
+    raise InputError(
+        f"corpus.source {uri!r} has no known ending",
+        f"use {', '.join(_FORMATS)}, each alone or with {' or '.join(_COMPRESSIONS)}",
+    )
+
+
+def read_documents(uri: str, text_field: str) -> Iterator[str]:
+    """The texts of the documents of one source, in file order."""
+    suffix = check_source(uri)
+    path = resources.fetch(uri)
+    try:
+        with _open(path, uri) as file:
+            if suffix == ".txt":
+                yield file.read().decode()
+            elif suffix == ".jsonl":
+                yield from _json_lines(file, uri, text_field)
+            else:
+                yield from _parquet_rows(file, uri, text_field)
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, OSError) as error:
+        raise InputError(
+            f"{uri} cannot be read ({error})", "check that the file is whole and of the kind its name says"
+        ) from None
+
+
+@contextlib.contextmanager
+def _open(path: Path, uri: str) -> Iterator[IO[bytes]]:
+    name = uri.partition("#")[0].lower()
+    if name.endswith(".gz"):
+        with gzip.open(path) as gzip_file:
+            yield cast(IO[bytes], gzip_file)
+    elif name.endswith(".zst"):
+        import zstandard
+
+        try:
+            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as zstd_file:
+                yield cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, zstd_file), 1 << 20))
+        except zstandard.ZstdError as error:
+            raise EOFError(str(error)) from None
+    else:
+        with path.open("rb") as plain_file:
+            yield plain_file
+
+
+def _json_lines(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            raise InputError(f"{uri}: line {number} is not JSON", "give one JSON object a line") from None
+        yield _text_of(record, uri, number, text_field)
+
+
+def _text_of(record: Any, uri: str, number: int, text_field: str) -> str:
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        fields = ", ".join(record) if isinstance(record, dict) else "none"
+        raise InputError(
+            f"{uri}: line {number} has no text in field {text_field!r}",
+            f"set corpus.text_field; its fields are {fields}",
+        )
+    return text
+
+
+def _parquet_rows(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
+    except pyarrow.ArrowInvalid as error:
+        raise EOFError(str(error)) from None
+    if text_field not in table.schema_arrow.names:
+        raise InputError(
+            f"{uri} has no column {text_field!r}",
+            f"set corpus.text_field; its columns are {', '.join(table.schema_arrow.names)}",
+        )
+    for batch in table.iter_batches(columns=[text_field]):
+        for text in batch.column(0).to_pylist():
+            yield text or ""

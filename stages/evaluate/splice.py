@@ -1,0 +1,133 @@
+"""Held-out windows through the model three times: as it is, with the SAE spliced in, with the activation zeroed.
+
+Only tokens that are rows (``row_policy``) are replaced: the SAE was never trained on padding, special tokens and
+attention sinks, and replacing a sink by anything breaks the model. The blocks below the tap run once.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32
+
+from saex_pipe.common.formats.row_policy import RowPolicy
+from saex_pipe.common.llm import taps as tap_names
+from saex_pipe.common.llm.cross_entropy import next_token_losses
+from saex_pipe.common.llm.decoder import apply
+from saex_pipe.common.llm.params import LanguageModel
+from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.scores import Reconstruction
+
+
+class Taps(NamedTuple):
+    """What the SAE reads and what it replaces; the same but for a transcoder."""
+
+    tap: str
+    target: str
+
+
+class Losses(NamedTuple):
+    """Per predicted token, in nats; the prediction of token i+1 stands at position i."""
+
+    clean: Float32[Array, "N L1"]
+    sae: Float32[Array, "N L1"]
+    zero: Float32[Array, "N L1"]
+    kl: Float32[Array, "N L1"]  # of the spliced model's distribution from the clean one's
+
+
+class BatchScores(NamedTuple):
+    """One batch of windows."""
+
+    losses: Losses
+    target_NLD: Array
+    recon_NLD: Array
+    active_NL: Array  # active latents of each token
+    fired_F: Array  # over the rows of the batch
+
+
+def make_capture(taps: Taps, base: str) -> Callable[[LanguageModel, Array], tuple[Array, dict[str, Array]]]:
+    """A compiled pass up to the taps: the residual stream to resume from, and the taps' values."""
+
+    @jax.jit
+    def capture(model: LanguageModel, tokens_NL: Int32[Array, "N L"]) -> tuple[Array, dict[str, Array]]:
+        wanted = list(dict.fromkeys((base, taps.tap, taps.target)))
+        found = apply(model, tokens_NL, taps=wanted, logits=False).taps
+        return found[base], found
+
+    return capture
+
+
+def make_scorer(taps: Taps, base: str) -> Callable[..., BatchScores]:
+    """A compiled function ``(model, sae, tokens, resid, found, keep)`` to the scores of one batch."""
+
+    @jax.jit
+    def score(
+        model: LanguageModel, sae: Sae, tokens_NL: Array, resid_NLD: Array, found: dict[str, Array], keep_NL: Array
+    ) -> BatchScores:
+        recon_NLD = sae.reconstruct(found[taps.tap])
+        codes = sae.codes_sparse(found[taps.tap].reshape(-1, found[taps.tap].shape[-1]))
+
+        def final(replacement_NLD: Array | None) -> Array:
+            def edit(value_NLD: Array, _: object) -> Array:
+                return jnp.where(keep_NL[..., None], replacement_NLD, value_NLD)
+
+            edits = {} if replacement_NLD is None else {taps.target: edit}
+            wanted = (tap_names.FINAL_NORM,)
+            return apply(
+                model, tokens_NL, taps=wanted, edits=edits, logits=False, resume_from=(base, resid_NLD)
+            ).taps[tap_names.FINAL_NORM]
+
+        clean_NLD = final(None)
+        clean_NL1, _ = next_token_losses(model, clean_NLD, tokens_NL)
+        sae_NL1, kl_NL = next_token_losses(model, final(recon_NLD), tokens_NL, clean_NLD)
+        zero_NL1, _ = next_token_losses(model, final(jnp.zeros_like(recon_NLD)), tokens_NL)
+        losses = Losses(clean_NL1, sae_NL1, zero_NL1, kl_NL[:, :-1])
+        rows_B1 = keep_NL.reshape(-1)[:, None]
+        fired_F = jnp.zeros(sae.latents, bool).at[codes.latents_BK].max((codes.values_BK > 0) & rows_B1)
+        return BatchScores(losses, found[taps.target], recon_NLD, codes.active_B.reshape(keep_NL.shape), fired_F)
+
+    return score
+
+
+def resume_place(tap: str, layers: int) -> str:
+    """The residual stream from which the passes above ``tap`` start: the last one that is not after it."""
+    if tap == tap_names.EMBED:
+        return "blocks.0.resid_pre"
+    if tap == tap_names.FINAL_NORM:
+        return f"blocks.{layers - 1}.resid_post"
+    return f"blocks.{tap.split('.')[1]}.resid_pre"
+
+
+def keep_rows(
+    policy: RowPolicy, tokens_NL: np.ndarray, padding_NL: np.ndarray, found: dict[str, Array]
+) -> Bool[np.ndarray, "N L"]:
+    """Which tokens are rows, by the policy the SAE's store was made with."""
+    norms = {tap: np.linalg.norm(np.asarray(found[tap]), axis=-1) for tap in policy.norm_limits or {} if tap in found}
+    limits = {tap: limit for tap, limit in (policy.norm_limits or {}).items() if tap in norms}
+    return RowPolicy(policy.special_ids, policy.positions, limits).keep(tokens_NL, padding_NL, norms)
+
+
+class Sums(NamedTuple):
+    """Running sums over the windows of one shard."""
+
+    nats: dict[str, float]  # of each kind of loss, float64
+    predicted: int  # tokens
+    reconstruction: Reconstruction
+
+
+def add_batch(sums: Sums, scores: BatchScores, keep_NL: np.ndarray, padding_NL: np.ndarray) -> Sums:
+    """``sums`` with one batch added. Predictions of padding do not count."""
+    real_NL1 = ~padding_NL[:, 1:] & ~padding_NL[:, :-1]
+    nats = {
+        name: sums.nats.get(name, 0.0) + float(np.asarray(loss_NL1, np.float64)[real_NL1].sum())
+        for name, loss_NL1 in scores.losses._asdict().items()
+    }
+    sums.reconstruction.add(
+        np.asarray(scores.target_NLD)[keep_NL],
+        np.asarray(scores.recon_NLD)[keep_NL],
+        np.asarray(scores.active_NL)[keep_NL],
+        np.asarray(scores.fired_F),
+    )
+    return Sums(nats, sums.predicted + int(real_NL1.sum()), sums.reconstruction)

@@ -1,0 +1,162 @@
+"""Activation store to a sparse autoencoder."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.formats.activations import ActivationStore
+from saex_pipe.common.formats.checkpoint import SavedSae, TrainingState, write_sae
+from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
+from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.metrics_log import progress
+from saex_pipe.common.preemption import graceful_stop
+from saex_pipe.common.sae.contract import DataStats, Variant
+from saex_pipe.common.sae.folding import fold
+from saex_pipe.common.sae.optimiser import adam
+from saex_pipe.common.sae.saelens import to_saelens
+from saex_pipe.common.sae.train_step import StepTerms, TrainState, init_state, make_step
+from saex_pipe.common.sae.variants import build
+from saex_pipe.stages.train.config import Config
+
+_LOG_EVERY_STEPS = 10
+_DEFAULT_K = 32
+
+
+class Normalisation(NamedTuple):
+    """Factors that bring raw rows to the units of training."""
+
+    input_scale: float
+    output_scale: float
+
+
+def run(config: Config, *, force: bool = False) -> Manifest:
+    """Train the SAE at ``config.out``."""
+    with stage_output(config, force=force) as output, graceful_stop() as stop:
+        if output.manifest is not None:
+            return output.manifest
+        taps = _taps(config)
+        store = ActivationStore(config.store, taps)
+        tap, target = taps[0], taps[-1]
+        variant = _variant(config, store.info.taps[tap])
+        scales = Normalisation(_scale(config, store, tap), _scale(config, store, target))
+        steps = math.ceil(config.rows / config.batch_rows)
+        optimiser = adam(config.learning_rate or variant.default_learning_rate(), steps)
+        step_fn = _compiled_step(config, variant, optimiser, scales)
+        state = init_state(variant.init(jax.random.key(config.seed), _data_stats(store, taps, scales)), optimiser)
+
+        saves = TrainingState(output.folder)
+        start, state = saves.restore(state) or (0, state)
+        reader = RowReader(store, taps, seed=config.seed, batch_rows=config.batch_rows, pool_bytes=config.pool_bytes)
+        rows = progress("training", steps * config.batch_rows, "rows", done=start * config.batch_rows, log=output.metrics)
+        with reader, rows as bar:
+            for step in range(start, steps):
+                waited = reader.waiting_seconds
+                batch = reader.batch(step)
+                state, terms = step_fn(state, batch[tap], batch[target])
+                shown = _shown(terms, step) if (step + 1) % _LOG_EVERY_STEPS == 0 or step + 1 == steps else {}
+                size = sum(rows_BD.nbytes for rows_BD in batch.values())
+                bar.advance(config.batch_rows, bytes=size, waiting_seconds=reader.waiting_seconds - waited, **shown)
+                if stop.requested or (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == steps:
+                    saves.save(step + 1, state)
+                if stop.requested and step + 1 < steps:
+                    saves.close()
+                    stop.raise_if_requested()
+        saves.close()
+        write_sae(output.folder, _exported(config, store, variant, state, scales, taps))
+        return _finish(output, variant, config, state, terms if start < steps else None)
+
+
+def _taps(config: Config) -> tuple[str, ...]:
+    """The tap to encode and, for a transcoder, the tap to predict."""
+    available = list(ActivationStore(config.store).info.taps)
+    if config.tap is None and len(available) > 1:
+        raise InputError(f"train.tap is missing, and {config.store} holds {', '.join(available)}", "set train.tap to one of them")
+    tap = config.tap or available[0]
+    return (tap,) if config.target_tap in (None, tap) else (tap, str(config.target_tap))
+
+
+def _variant(config: Config, width: int) -> Variant:
+    if (config.latents is None) == (config.expansion is None):
+        raise InputError(
+            f"train.latents = {config.latents} and train.expansion = {config.expansion}", "set exactly one of the two"
+        )
+    latents = config.latents or max(1, round(width * (config.expansion or 0)))
+    k = _DEFAULT_K if config.k is None and config.variant == "topk" else config.k
+    return build(config.variant, latents, k, config.sparsity_coefficient, transcoder=config.target_tap not in (None, config.tap))
+
+
+def _scale(config: Config, store: ActivationStore, tap: str) -> float:
+    mean_square = store.statistics(tap).mean_square_norm / store.info.taps[tap]
+    if config.normalise == "none":
+        return 1.0
+    if mean_square == 0:
+        raise InputError(f"every row of {tap} in {config.store} is zero", "harvest another tap")
+    return float(1 / np.sqrt(mean_square))
+
+
+def _data_stats(store: ActivationStore, taps: tuple[str, ...], scales: Normalisation) -> DataStats:
+    means = [store.statistics(tap).mean_D.astype(np.float32) for tap in taps]
+    return DataStats(jnp.asarray(means[0] * scales.input_scale), jnp.asarray(means[-1] * scales.output_scale))
+
+
+def _compiled_step(config: Config, variant: Variant, optimiser: Any, scales: Normalisation) -> Callable[..., Any]:
+    step = make_step(variant, optimiser, config.dead_after_rows, config.compute_dtype, config.sparsity_warmup_steps)
+
+    def normalised_step(state: TrainState, x_BD: jax.Array, target_BD: jax.Array) -> tuple[TrainState, StepTerms]:
+        scaled = x_BD.astype(jnp.float32) * scales.input_scale, target_BD.astype(jnp.float32) * scales.output_scale
+        return step(state, *scaled)
+
+    return jax.jit(normalised_step, donate_argnums=0)
+
+
+def _shown(terms: StepTerms, step: int) -> dict[str, float]:
+    """Loss terms for the log; a loss that is not finite ends the run."""
+    values = {name: float(value) for name, value in jax.device_get(terms)._asdict().items()}
+    if not math.isfinite(values["total"]):
+        raise SaexError(
+            f"the loss is {values['total']} at step {step + 1}: training has diverged; "
+            "lower train.learning_rate, or look for outliers with a smaller harvest.drop_norm_multiple"
+        )
+    return {"step": step + 1, "loss": values.pop("total"), **values}
+
+
+def _exported(
+    config: Config, store: ActivationStore, variant: Variant, state: TrainState, scales: Normalisation, taps: tuple[str, ...]
+) -> SavedSae:
+    """The SAE in units of the raw activations."""
+    source = store.info.source
+    metadata = {"model_name": source.get("model"), "hook_name": taps[0], "context_size": store.info.window_length}
+    if len(taps) > 1:
+        metadata["hook_name_out"] = taps[1]
+    params = fold(variant, state.params, scales.input_scale, scales.output_scale)
+    cfg, tensors = to_saelens(variant, params, metadata)
+    saex = {
+        "tap": taps[0],
+        "target_tap": taps[-1],
+        "row_policy": store.info.row_policy.to_json(),
+        "source": dict(source),
+        "store_digest": store.manifest.digest,
+        "normalisation": scales._asdict(),
+        "config": {name: value for name, value in config.result_fields().items()},
+    }
+    return SavedSae(cfg, tensors, saex)
+
+
+def _finish(
+    output: StageOutput, variant: Variant, config: Config, state: TrainState, terms: StepTerms | None
+) -> Manifest:
+    since_fired_F = np.asarray(state.tokens_since_fired_F)
+    contents = {
+        "variant": config.variant,
+        "latents": variant.latents,
+        "dead_fraction": float((since_fired_F >= config.dead_after_rows).mean()),
+        "last_step": None if terms is None else {k: float(v) for k, v in jax.device_get(terms)._asdict().items()},
+    }
+    steps = int(state.step)
+    size = sum(array.nbytes for array in state.params.values())
+    return output.finish(contents=contents, totals={"steps": steps, "rows": steps * config.batch_rows, "bytes": size})
