@@ -4,10 +4,15 @@ Elements are shard or batch numbers, never rows: what a number stands for is rea
 itself, whole, so that a retried bundle does no harm.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+# Beam logs a warning about a BigQuery client that nobody here asked for.
+logging.disable(logging.WARNING)
+import apache_beam as beam  # noqa: E402
+from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
+
+logging.disable(logging.NOTSET)
 
 
 def run_pipeline(build: Callable[[beam.Pipeline], object], runner: str, options: Sequence[str]) -> None:

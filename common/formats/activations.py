@@ -93,13 +93,13 @@ class ActivationWriter:
             "statistics": {},
         }
         for tap, acts_NLD in acts.items():
-            statistics = ActivationStatistics.of_rows(acts_NLD[train_NL])
-            if not np.isfinite(statistics.sum_square_D).all():
+            rows_BD = acts_NLD[train_NL].astype(np.float32)
+            if not np.isfinite(rows_BD).all():
                 raise SaexError(
-                    f"{tap} has values in windows {windows.start} to {windows.stop - 1} that {self.info.dtype} cannot hold; "
-                    "use --set harvest.store_dtype=bfloat16 or float32"
+                    f"{tap} has values in windows {windows.start} to {windows.stop - 1} that {self.info.dtype} "
+                    "cannot hold; use --set harvest.store_dtype=bfloat16 or float32"
                 )
-            entry["statistics"][tap] = statistics.to_json()
+            entry["statistics"][tap] = ActivationStatistics.of_rows(rows_BD).to_json()
             entry["crc32"][tap] = zlib.crc32(np.ascontiguousarray(acts_NLD).view(np.uint8))
             write_windows(self._acts[tap], windows, acts_NLD)
         write_windows(self._tokens, windows, tokens_NL)

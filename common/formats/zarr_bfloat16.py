@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import ml_dtypes
 import numpy as np
-from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
+from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.core.dtype.npy.common import float_from_json_v3, float_to_json_v3
 from zarr.core.dtype.wrapper import ZDType
+from zarr.errors import DataTypeValidationError
 
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 
@@ -24,11 +25,13 @@ class BFloat16(ZDType, HasEndianness, HasItemSize):  # type: ignore[type-arg]
 
     @classmethod
     def from_native_dtype(cls, dtype: np.dtype[Any]) -> Self:
+        """The type of NumPy arrays of bfloat16."""
         if dtype == _NATIVE:
             return cls()
         raise DataTypeValidationError(f"{dtype} is not bfloat16")
 
     def to_native_dtype(self) -> np.dtype[Any]:
+        """NumPy's type."""
         return _NATIVE
 
     @classmethod
@@ -42,23 +45,29 @@ class BFloat16(ZDType, HasEndianness, HasItemSize):  # type: ignore[type-arg]
         raise DataTypeValidationError(f"{data} is not bfloat16")
 
     def to_json(self, zarr_format: int) -> Any:
+        """The name in the metadata."""
         return self._zarr_v3_name
 
     def _check_scalar(self, data: object) -> bool:
         return isinstance(data, float | int | np.floating | np.integer | ml_dtypes.bfloat16)
 
     def cast_scalar(self, data: Any) -> Any:
+        """A number as a bfloat16."""
         return ml_dtypes.bfloat16(data)
 
     def default_scalar(self) -> Any:
+        """Zero."""
         return ml_dtypes.bfloat16(0)
 
     def from_json_scalar(self, data: Any, *, zarr_format: int) -> Any:
+        """A fill value from the metadata: a number, or a string such as "NaN"."""
         return ml_dtypes.bfloat16(float_from_json_v3(data) if isinstance(data, str) else float(data))
 
     def to_json_scalar(self, data: Any, *, zarr_format: int) -> Any:
+        """A fill value for the metadata."""
         return float_to_json_v3(float(data))
 
     @property
     def item_size(self) -> int:
+        """Bytes of one number."""
         return _NATIVE.itemsize

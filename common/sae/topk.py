@@ -15,6 +15,7 @@ For a transcoder x_hat, e and the two norms are of the target.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ from saex_pipe.common.sae.contract import (
 from saex_pipe.common.sae.initial import decoder_transpose
 from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.sparse import ActiveCodes, decode_active, topk_codes
+
+AUXILIARY_STEP = 4  # the sizes for which the auxiliary loss is compiled: k_aux, 4 k_aux, all latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,22 +109,27 @@ class TopK:
     ) -> Float[Array, ""]:
         k = min(self.k_auxiliary or max(1, residual_BD.shape[1] // 2), self.latents)
         dead_count = jnp.sum(dead_F, dtype=jnp.int32)
+        # Work grows with the dead latents: the smallest of a few fixed sizes that holds them all.
+        sizes = sorted({k, min(AUXILIARY_STEP * k, self.latents), self.latents})
 
         def none_dead(_: Params) -> Array:
             return jnp.zeros((), jnp.float32)
 
-        def some_dead(params: Params) -> Array:
+        def at_most(size: int, params: Params) -> Array:
+            (dead_M,) = jnp.nonzero(dead_F, size=size, fill_value=0)
+            is_dead_M = jnp.arange(size, dtype=jnp.int32) < dead_count
             centred_BD = x_BD if self.transcoder else x_BD - params["b_dec_D"][None]
-            z_BF = matmul(centred_BD, params["w_enc_DF"], compute_dtype) + params["b_enc_F"][None]
-            values_BK, latents_BK = jax.lax.top_k(jnp.where(dead_F[None], z_BF, -jnp.inf), k)
-            values_BK = jnp.where(values_BK > -jnp.inf, values_BK, 0.0)
-            codes_BF = jnp.put_along_axis(jnp.zeros_like(z_BF), latents_BK, values_BK, axis=1, inplace=False)
-            error, variance = squared_error_and_variance(
-                residual_BD, matmul(codes_BF, params["w_dec_FD"], compute_dtype)
-            )
+            z_BM = matmul(centred_BD, params["w_enc_DF"][:, dead_M], compute_dtype) + params["b_enc_F"][dead_M][None]
+            chosen_BM = jnp.broadcast_to(is_dead_M[None], z_BM.shape)
+            if size > k:
+                dead_z_BM = jnp.where(chosen_BM, jax.lax.stop_gradient(z_BM), -jnp.inf)
+                chosen_BM &= dead_z_BM >= jax.lax.top_k(dead_z_BM, k)[0][:, -1:]
+            recon_BD = matmul(jnp.where(chosen_BM, z_BM, 0.0), params["w_dec_FD"][dead_M], compute_dtype)
+            error, variance = squared_error_and_variance(residual_BD, recon_BD)
             return jnp.minimum(1.0, dead_count / k) * ratio_or_zero(error, variance)
 
-        return jax.lax.cond(dead_count > 0, some_dead, none_dead, params)
+        branch = jnp.sum(dead_count > jnp.array([0, *sizes[:-1]]), dtype=jnp.int32)
+        return jax.lax.switch(branch, [none_dead, *(partial(at_most, size) for size in sizes)], params)
 
     def project_gradients(self, params: Params, gradients: Params) -> Params:
         """Decoder gradient without the part along each row, which ``constrain`` would undo."""

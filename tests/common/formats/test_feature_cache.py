@@ -109,7 +109,10 @@ def test_units_travel_in_the_file(folder: Folder) -> None:
     assert path is not None
     for name, schema in ((fc.FEATURES_FILE, fc.FEATURES_SCHEMA), (fc.EXAMPLES_FILE, fc.EXAMPLES_SCHEMA)):
         stored = pq.read_schema(path / name)
-        assert [field.metadata[b"unit"] for field in stored] == [field.metadata[b"unit"] for field in schema]
+        assert [field.metadata for field in stored] == [field.metadata for field in schema]
+        assert all(field.metadata[b"unit"] for field in stored)
+    rate = pq.read_schema(path / fc.FEATURES_FILE).field("firing_rate")
+    assert rate.metadata == {b"unit": b"fraction of kept rows"}
 
 
 def test_one_feature_reads_one_row_group(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

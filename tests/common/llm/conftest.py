@@ -107,11 +107,15 @@ class TinyLlama:
         writer.close()
         return path
 
-    def reference(self, tokens_NL: np.ndarray) -> dict[str, np.ndarray]:
-        """Every tap and ``logits``, float64, one window, head and token at a time where that is plainest."""
+    def reference(self, tokens_NL: np.ndarray, edits: dict[str, Callable] | None = None) -> dict[str, np.ndarray]:
+        """Every tap after its edit, and ``logits``, float64; attention one window, head and token at a time."""
         c, found = self.config, {}
         weights = {name.removeprefix("model."): tensor.astype(np.float64) for name, tensor in self.tensors.items()}
         heads, groups, size = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+
+        def keep(name: str, value: np.ndarray) -> np.ndarray:
+            found[name] = edits[name](value) if edits and name in edits else value
+            return found[name]
 
         def norm(x: np.ndarray, name: str) -> np.ndarray:
             return x / np.sqrt((x**2).mean(-1, keepdims=True) + c["rms_norm_eps"]) * weights[name]
@@ -129,26 +133,24 @@ class TinyLlama:
                 mine = slice(head * size, (head + 1) * size)
                 shared = slice(head // (heads // groups) * size, (head // (heads // groups) + 1) * size)
                 scores = turned(q[:, mine]) @ turned(k[:, shared]).T / np.sqrt(size)
-                for l in range(len(x_LD)):  # noqa: E741
-                    p = np.exp(scores[l, : l + 1] - scores[l, : l + 1].max())
-                    out[l, mine] = (p / p.sum()) @ v[: l + 1, shared]
+                for at in range(len(x_LD)):
+                    p = np.exp(scores[at, : at + 1] - scores[at, : at + 1].max())
+                    out[at, mine] = (p / p.sum()) @ v[: at + 1, shared]
             return out
 
-        x = found["embed"] = weights["embed_tokens.weight"][tokens_NL]
+        x = keep("embed", weights["embed_tokens.weight"][tokens_NL])
         for layer in range(c["num_hidden_layers"]):
             tap, here = f"blocks.{layer}.", f"layers.{layer}."
-            found[tap + "resid_pre"] = x
-            y = found[tap + "attn_in"] = norm(x, here + "input_layernorm.weight")
-            z = found[tap + "attn_z"] = np.stack([attend(window, here) for window in y])
-            found[tap + "attn_out"] = z @ weights[here + "self_attn.o_proj.weight"].T
-            x = found[tap + "resid_mid"] = x + found[tap + "attn_out"]
-            y = found[tap + "mlp_in"] = norm(x, here + "post_attention_layernorm.weight")
+            x = keep(tap + "resid_pre", x)
+            y = keep(tap + "attn_in", norm(x, here + "input_layernorm.weight"))
+            z = keep(tap + "attn_z", np.stack([attend(window, here) for window in y]))
+            x = keep(tap + "resid_mid", x + keep(tap + "attn_out", z @ weights[here + "self_attn.o_proj.weight"].T))
+            y = keep(tap + "mlp_in", norm(x, here + "post_attention_layernorm.weight"))
             gate = y @ weights[here + "mlp.gate_proj.weight"].T
             hidden = gate / (1 + np.exp(-gate)) * (y @ weights[here + "mlp.up_proj.weight"].T)
-            found[tap + "mlp_out"] = hidden @ weights[here + "mlp.down_proj.weight"].T
-            x = found[tap + "resid_post"] = x + found[tap + "mlp_out"]
-        found["final_norm"] = norm(x, "norm.weight")
-        found["logits"] = found["final_norm"] @ weights.get("lm_head.weight", weights["embed_tokens.weight"]).T
+            x = keep(tap + "resid_post", x + keep(tap + "mlp_out", hidden @ weights[here + "mlp.down_proj.weight"].T))
+        final = keep("final_norm", norm(x, "norm.weight"))
+        found["logits"] = final @ weights.get("lm_head.weight", weights["embed_tokens.weight"]).T
         return found
 
 

@@ -34,7 +34,9 @@ def test_cross_entropy_of_huge_and_of_even_logits():
 def test_kl_equals_numpy_and_has_a_direction(logits_NLV):
     other_NLV = logits_NLV[::-1] * 0.5
     log_p, log_q = log_softmax(logits_NLV), log_softmax(other_NLV)
-    np.testing.assert_allclose(kl_divergence(logits_NLV, other_NLV), (np.exp(log_p) * (log_p - log_q)).sum(-1), rtol=2e-5)
+    np.testing.assert_allclose(
+        kl_divergence(logits_NLV, other_NLV), (np.exp(log_p) * (log_p - log_q)).sum(-1), rtol=2e-5
+    )
     np.testing.assert_allclose(kl_divergence(logits_NLV, logits_NLV), np.zeros((3, 7)), atol=1e-6)
     assert not np.allclose(kl_divergence(logits_NLV, other_NLV), kl_divergence(other_NLV, logits_NLV), rtol=0.1)
 

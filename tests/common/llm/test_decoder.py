@@ -86,7 +86,11 @@ def test_every_tap_can_be_edited(name, model, tiny, expected):
 
 
 def test_zeroing_both_branches_of_all_blocks_leaves_the_embedding(model, tiny, expected):
-    edits = {f"blocks.{n}.{site}": lambda value, _: jnp.zeros_like(value) for n in range(4) for site in ("attn_out", "mlp_out")}
+    edits = {
+        f"blocks.{n}.{site}": lambda value, _: jnp.zeros_like(value)
+        for n in range(4)
+        for site in ("attn_out", "mlp_out")
+    }
     output = jax.jit(lambda model, tokens_NL: apply(model, tokens_NL, taps=["blocks.3.resid_post"], edits=edits))(
         model, tiny.tokens_NL()
     )
@@ -110,7 +114,9 @@ def test_an_edit_sees_the_taps_before_it(model, tiny, expected):
     assert set(output.taps) == set(taps)
 
 
-@pytest.mark.parametrize("name", ["blocks.0.resid_pre", "blocks.2.resid_pre", "blocks.1.resid_post", "blocks.3.resid_post"])
+@pytest.mark.parametrize(
+    "name", ["blocks.0.resid_pre", "blocks.2.resid_pre", "blocks.1.resid_post", "blocks.3.resid_post"]
+)
 def test_resuming_from_a_residual_stream(name, model, tiny, expected):
     value = jnp.asarray(expected[name], jnp.float32)
     output = apply(model, tiny.tokens_NL(), resume_from=(name, value), taps=[name, "final_norm"])

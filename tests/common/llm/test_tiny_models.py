@@ -87,7 +87,9 @@ def test_live_reference(tiny, tmp_path, recorder, relative_error):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rope = {"rope_type": "default", "rope_theta": tiny.config["rope_theta"]}
-    fields = {k: v for k, v in tiny.config.items() if k not in ("rope_theta", "torch_dtype", "model_type", "architectures")}
+    fields = {
+        k: v for k, v in tiny.config.items() if k not in ("rope_theta", "torch_dtype", "model_type", "architectures")
+    }
     if tiny.config["hidden_size"] % tiny.config["num_attention_heads"]:
         pytest.skip("LlamaConfig refuses a width that is no multiple of the heads")
     model = LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope)).eval()

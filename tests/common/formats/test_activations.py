@@ -1,0 +1,166 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import zarr
+
+from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.formats.activations import DTYPES, ActivationStore, ActivationWriter, StoreInfo, merged_contents
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.row_policy import RowPolicy
+from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.formats.zarr_array import Tiling
+
+WINDOWS, LENGTH = 21, 6
+TAPS = {"a": 8, "b": 3}
+
+
+def make_info(dtype="float32", train_windows=17):
+    return StoreInfo(WINDOWS, train_windows, LENGTH, TAPS, dtype, Tiling(8, 2), RowPolicy(), {"model": "m"})
+
+
+def make_values(dtype):
+    random = np.random.Generator(np.random.Philox(key=7))
+    tokens_NL = np.arange(WINDOWS * LENGTH, dtype=np.int32).reshape(WINDOWS, LENGTH)
+    keep_NL = random.random((WINDOWS, LENGTH)) < 0.7
+    acts = {tap: random.normal(0, 1, (WINDOWS, LENGTH, width)).astype(DTYPES[dtype]) for tap, width in TAPS.items()}
+    # Row identity in the first coordinate, exact in every dtype.
+    acts["a"][..., 0] = tokens_NL
+    acts["b"][..., 0] = tokens_NL
+    return tokens_NL, keep_NL, acts
+
+
+def write_store(path, dtype="float32", order=None):
+    """A finished store, written shard by shard in ``order``."""
+    info = make_info(dtype)
+    tokens_NL, keep_NL, acts = make_values(dtype)
+    folder = Folder(str(path))
+    writer = ActivationWriter(folder, info)
+    shards = info.tiling.shards(WINDOWS)
+    ledger = {}
+    for shard in order or range(len(shards)):
+        part = slice(shards[shard].start, shards[shard].stop)
+        entry = writer.write_shard(shards[shard], tokens_NL[part], keep_NL[part], {t: v[part] for t, v in acts.items()})
+        ledger[shard] = json.loads(json.dumps(entry))
+    manifest = Manifest("harvest", 1, "d", {}, {}, {}, {}, merged_contents(info, ledger), {}, {}, "")
+    folder.write("manifest.json", json.dumps(manifest.__dict__).encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_written_is_read(tmp_path, dtype):
+    tokens_NL, keep_NL, acts = make_values(dtype)
+    store = ActivationStore(write_store(tmp_path, dtype), ("a", "b"))
+    windows = range(5, 19)
+    part = slice(5, 19)
+    np.testing.assert_array_equal(store.tokens(windows), tokens_NL[part])
+    np.testing.assert_array_equal(store.keep(windows), keep_NL[part])
+    for tap in TAPS:
+        found = store.acts(tap, windows)
+        assert found.dtype == DTYPES[dtype]
+        np.testing.assert_array_equal(found, acts[tap][part])
+
+
+def test_statistics_and_counts_are_of_kept_training_rows_only(tmp_path):
+    _, keep_NL, acts = make_values("float32")
+    store = ActivationStore(write_store(tmp_path, order=[2, 0, 1]))
+    rows_BD = acts["a"][:17][keep_NL[:17]].astype(np.float64)
+    assert store.rows == len(rows_BD)
+    assert store.statistics("a").count == len(rows_BD)
+    np.testing.assert_allclose(store.statistics("a").mean_D, rows_BD.mean(axis=0), rtol=1e-6)
+    expected = [int(keep_NL[a : min(a + 2, 17)].sum()) for a in range(0, 17, 2)]
+    assert store.rows_per_chunk().tolist() == expected + [0] * (11 - len(expected))
+
+
+def test_the_order_of_writing_leaves_no_trace(tmp_path):
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 1, 0])):
+        write_store(tmp_path / name, order=order)
+    names = Folder(str(tmp_path / "a")).list()
+    assert len(names) > 10
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zarr_python_opens_a_store(tmp_path, dtype):
+    _, keep_NL, acts = make_values(dtype)
+    group = zarr.open_group(write_store(tmp_path, dtype), mode="r")
+    array = group["acts/a"]
+    assert array.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    np.testing.assert_array_equal(array[3:10], acts["a"][3:10])
+    np.testing.assert_array_equal(group["keep"][:], keep_NL)
+
+
+def shard_file(path, shard):
+    return path / "acts" / "a" / "c" / str(shard) / "0" / "0"
+
+
+def test_a_missing_shard_is_an_error_and_never_zeros(tmp_path):
+    store = ActivationStore(write_store(tmp_path), ("a",))
+    shard_file(tmp_path, 1).unlink()
+    np.testing.assert_array_equal(store.acts("a", range(0, 8)), make_values("float32")[2]["a"][:8])
+    with pytest.raises(SaexError, match="lacks the shard with windows 8 to 9"):
+        store.acts("a", range(8, 10))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_shard_is_an_error(tmp_path, damage):
+    uri = write_store(tmp_path)
+    file = shard_file(tmp_path, 0)
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[100] ^= 1
+    file.write_bytes(data if damage == "flip" else data[:-30])
+    with pytest.raises(SaexError, match="damaged"):
+        ActivationStore(uri, ("a",)).acts("a", range(0, 2))
+
+
+def test_an_unknown_tap_is_named_with_those_there_are(tmp_path):
+    with pytest.raises(InputError, match="no tap 'c'; it holds a, b"):
+        ActivationStore(write_store(tmp_path), ("c",))
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):
+    info = make_info("float16")
+    tokens_NL, _, acts = make_values("float32")
+    writer = ActivationWriter(Folder(str(tmp_path)), info)
+    acts["a"][0, 0, 1] = 1e6
+    with np.errstate(over="ignore"):
+        halves = {tap: values[:8].astype(np.float16) for tap, values in acts.items()}
+    with pytest.raises(SaexError, match="float16 cannot hold"):
+        writer.write_shard(range(0, 8), tokens_NL[:8], np.ones((8, LENGTH), bool), halves)
+
+
+@pytest.mark.parametrize(("dtype", "pool_bytes"), [("float32", 1 << 20), ("bfloat16", 1500)])
+def test_the_reader_gives_every_kept_training_row_once_an_epoch(tmp_path, dtype, pool_bytes):
+    tokens_NL, keep_NL, acts = make_values(dtype)
+    store = ActivationStore(write_store(tmp_path, dtype), ("a", "b"))
+    expected = sorted(tokens_NL[:17][keep_NL[:17]].tolist())
+    batch_rows = 5
+    steps = len(expected) // batch_rows
+    with RowReader(store, ("a", "b"), seed=1, batch_rows=batch_rows, pool_bytes=pool_bytes) as reader:
+        batches = [reader.batch(step) for step in range(steps + 1)]
+        again = reader.batch(3)
+    rows = {tap: np.concatenate([batch[tap] for batch in batches])[: len(expected)] for tap in TAPS}
+    ids = rows["a"][:, 0].astype(np.int32)
+    assert sorted(ids.tolist()) == expected
+    np.testing.assert_array_equal(rows["a"], acts["a"].reshape(-1, 8)[ids])
+    np.testing.assert_array_equal(rows["b"], acts["b"].reshape(-1, 3)[ids])
+    np.testing.assert_array_equal(again["a"], batches[3]["a"])
+
+
+def test_a_store_smaller_than_a_batch_is_refused(tmp_path):
+    store = ActivationStore(write_store(tmp_path), ("a",))
+    with pytest.raises(InputError, match="fewer than one batch of 1,000"):
+        RowReader(store, ("a",), seed=0, batch_rows=1000, pool_bytes=1 << 20)
+
+
+def test_the_default_tiling_has_chunks_of_a_megabyte_and_shards_of_64():
+    tiling = Tiling.for_bytes(window_bytes=128 * 576 * 2, windows=100_000)
+    assert 0.8e6 < tiling.chunk_windows * 128 * 576 * 2 <= 1 << 20
+    assert 60e6 < tiling.shard_windows * 128 * 576 * 2 <= 64 << 20
+    assert tiling.shard_windows % tiling.chunk_windows == 0
+    assert Tiling.for_bytes(window_bytes=1 << 30, windows=5) == Tiling(1, 1)
+    assert Tiling.for_bytes(window_bytes=100, windows=5, shard=3, chunk=2) == Tiling(4, 2)
