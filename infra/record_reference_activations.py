@@ -60,7 +60,10 @@ def llama_from_gguf(path: Path) -> LlamaForCausalLM:
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
     }
-    state = {"model.embed_tokens.weight": tensors["token_embd.weight"], "model.norm.weight": tensors["output_norm.weight"]}
+    state = {
+        "model.embed_tokens.weight": tensors["token_embd.weight"],
+        "model.norm.weight": tensors["output_norm.weight"],
+    }
     state["lm_head.weight"] = tensors.get("output.weight", tensors["token_embd.weight"])
     for layer in range(config.num_hidden_layers):
         for theirs, ours in names.items():
@@ -122,7 +125,11 @@ def main() -> None:
     arguments = parser.parse_args()
     tokens_NL = np.asarray(TOKENS, np.int32)
     values = record(llama_from_gguf(arguments.model), tokens_NL)
-    full = {f"full/{name}": value for name, value in values.items() if name.split(".")[1:2] in [[str(n)] for n in FULL_LAYERS]}
+    full = {
+        f"full/{name}": value
+        for name, value in values.items()
+        if name.split(".")[1:2] in [[str(n)] for n in FULL_LAYERS]
+    }
     places = {f"places/{value[0].size}": sample_places(value.size) for value in values.values()}
     sampled = {f"sample/{name}": value.ravel()[places[f"places/{value[0].size}"]] for name, value in values.items()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,11 @@ import numpy as np
 from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.core.dtype.npy.common import float_from_json_v3, float_to_json_v3
 from zarr.core.dtype.wrapper import ZDType
-from zarr.errors import DataTypeValidationError
+
+try:
+    from zarr.errors import DataTypeValidationError
+except ImportError:  # zarr 3.1, the last for Python 3.11
+    from zarr.dtype import DataTypeValidationError
 
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 

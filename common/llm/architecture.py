@@ -92,6 +92,8 @@ def _build(family: Family, values: dict[str, Any], names: Mapping[str, str], pat
         value = values[field]
         if kind is int and (not isinstance(value, int) or value < 1):
             raise InputError(f"{path}: {names.get(field, field)} = {value!r}", "it must be a whole number above 0")
+        if kind is float and (not isinstance(value, int | float) or not value > 0):
+            raise InputError(f"{path}: {names.get(field, field)} = {value!r}", "it must be a number above 0")
         values[field] = kind(value)
     architecture = Architecture(family=family.name, **values)
     if architecture.query_heads % architecture.kv_heads:
@@ -132,7 +134,7 @@ def _check_known(fields: Mapping[str, Any], known: set[str], path: Path) -> None
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (near '{near[0]}')" if near else ""
         raise InputError(
-            f"{path}: field '{unknown[0]}' = {fields[unknown[0]]!r} is neither handled nor known to be harmless{hint}",
+            f"{path}: field {unknown[0]!r} = {fields[unknown[0]]!r} is neither handled nor known to be harmless{hint}",
             "use a model without it, or list it in common/llm/families.py with the reason why it may be ignored",
         )
 

@@ -18,7 +18,7 @@ def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Float[Array
 
 def rotate(x_NLHd: Float[Array, "N L heads d"], tables: tuple[Array, Array]) -> Float[Array, "N L heads d"]:
     """Turn the two halves of every head against each other by the position's angle."""
-    cosine, sine = (table[:, None, :] for table in tables)
+    cosine, sine = (table[None, :, None, :] for table in tables)
     first, second = jnp.split(x_NLHd, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
@@ -39,7 +39,7 @@ def causal_attention(
     scores = jnp.einsum(
         "nqgrd,nkgd->ngrqk", query.astype(dtype), key_NLGd.astype(dtype), preferred_element_type=jnp.float32
     )
-    visible = jnp.tril(jnp.ones((length, length), bool))
+    visible = jnp.tril(jnp.ones((1, 1, 1, length, length), bool))
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     mixed = jnp.einsum(
         "ngrqk,nkgd->nqgrd", weights.astype(dtype), value_NLGd.astype(dtype), preferred_element_type=jnp.float32

@@ -17,7 +17,7 @@ ROWS_AT_ONCE = 256  # tokens whose logits are in memory together: 50 MB for a vo
 
 
 class NextTokenLosses(NamedTuple):
-    """``cross_entropy_NL1``: position l says how well token l + 1 was predicted; ``kl_NL``: None without a reference."""
+    """``cross_entropy_NL1``: how well position l predicted token l + 1; ``kl_NL``: None without a reference."""
 
     cross_entropy_NL1: Float[Array, "N L1"]  # nats, float32
     kl_NL: Float[Array, "N L"] | None  # nats, float32

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.attention import causal_attention, rotary_tables, rotate
@@ -98,14 +99,13 @@ def unembed(model: LanguageModel, final_NLD: Float[Array, "*rows D"]) -> Float[A
         raise InputError("logits of a model loaded without its unembedding", "load it with with_unembedding=True")
     weights = model.params.embed if model.params.unembed is None else model.params.unembed
     w_VD = weights[...]
-    contract = ((final_NLD.ndim - 1,), (1,))
-    return jax.lax.dot_general(final_NLD.astype(w_VD.dtype), w_VD, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", final_NLD.astype(w_VD.dtype), w_VD, preferred_element_type=jnp.float32)
 
 
 def rms_norm(x_NLD: Float[Array, "*rows D"], scale_D: Float[Array, " D"], epsilon: float) -> Float[Array, "*rows D"]:
     """Root-mean-square norm, in float32."""
     mean_square = jnp.mean(jnp.square(x_NLD), axis=-1, keepdims=True)
-    return x_NLD * jax.lax.rsqrt(mean_square + epsilon) * scale_D
+    return x_NLD * jax.lax.rsqrt(mean_square + epsilon) * jnp.expand_dims(scale_D, range(x_NLD.ndim - 1))
 
 
 def _run_blocks(
@@ -133,7 +133,7 @@ def _run_blocks(
             run_end = min([t for t in touched if t > layer] + [stop])
             blocks = _layers(model.params.blocks, layer, run_end)
             resid_NLD, _ = jax.lax.scan(
-                lambda x_NLD, block: (_block(model, block, x_NLD, rope, lambda _, value: value), None), resid_NLD, blocks
+                lambda x_NLD, block: (_block(model, block, x_NLD, rope, _untouched), None), resid_NLD, blocks
             )
             layer = run_end
     return resid_NLD
@@ -151,10 +151,8 @@ def _block(
     windows, length, _ = resid_NLD.shape
     attn_in_NLD = visit("attn_in", rms_norm(resid_NLD, block.attn_norm[...], a.norm_epsilon))
     qkv = _matmul(attn_in_NLD, block.w_qkv).reshape(windows, length, a.query_heads + 2 * a.kv_heads, a.head_dim)
-    rotated = rotate(qkv[:, :, : a.query_heads + a.kv_heads], rope)
-    z_NLHd = causal_attention(
-        rotated[:, :, : a.query_heads], rotated[:, :, a.query_heads :], qkv[:, :, a.query_heads + a.kv_heads :], block.w_qkv.dtype
-    )
+    query, key, value = jnp.split(qkv, [a.query_heads, a.query_heads + a.kv_heads], axis=2)
+    z_NLHd = causal_attention(rotate(query, rope), rotate(key, rope), value, block.w_qkv.dtype)
     z = visit("attn_z", z_NLHd.reshape(windows, length, a.query_heads * a.head_dim))
     attn_out_NLD = visit("attn_out", _matmul(z, block.w_attn_out))
     resid_NLD = visit("resid_mid", resid_NLD + attn_out_NLD)
@@ -162,6 +160,10 @@ def _block(
     gate, up = jnp.split(_matmul(mlp_in_NLD, block.w_gate_up), 2, axis=-1)
     mlp_out_NLD = visit("mlp_out", _matmul(jax.nn.silu(gate) * up, block.w_down))
     return visit("resid_post", resid_NLD + mlp_out_NLD)
+
+
+def _untouched(site: str, value: Array) -> Array:
+    return value
 
 
 def _matmul(x: Array, weights: nnx.Param) -> Array:

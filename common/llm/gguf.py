@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+
 from saex_pipe.common.errors import InputError
 
 _MAGIC = b"GGUF"

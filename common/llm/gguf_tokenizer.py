@@ -4,9 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, pre_tokenizers
+
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm.gguf import GgufFile
-from tokenizers import Tokenizer, pre_tokenizers
 
 _BYTE_LEVEL = "gpt2"
 _REMEDY = "use the model's Hugging Face tokenizer: set corpus.tokenizer to a folder or URI with tokenizer.json"
@@ -70,6 +71,4 @@ def _check_ids(tokenizer: Tokenizer, tokens: list[str], path: Path) -> None:
     """A converter that renumbers tokens would pair texts with the wrong embeddings."""
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= len(tokens):
-        raise InputError(
-            f"{path}: conversion gives token id {largest}, the file holds {len(tokens)} tokens", _REMEDY
-        )
+        raise InputError(f"{path}: conversion gives token id {largest}, the file holds {len(tokens)} tokens", _REMEDY)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from saex_pipe.common.errors import InputError
 from safetensors import SafetensorError, safe_open
+
+from saex_pipe.common.errors import InputError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -30,12 +31,16 @@ class SafetensorsFolder:
             expected = read_json(index).get("weight_map", {})
             names = sorted(set(expected.values()))
         else:
-            raise InputError(f"{path} holds neither {_SINGLE} nor {_INDEX}", "point to a folder with safetensors weights")
+            raise InputError(
+                f"{path} holds neither {_SINGLE} nor {_INDEX}", "point to a folder with safetensors weights"
+            )
         self._shards = {name: _open(path / name) for name in names}
         self._places = {tensor: name for name, shard in self._shards.items() for tensor in shard.keys()}  # noqa: SIM118
         for tensor, name in (expected or {}).items():
             if self._places.get(tensor) != name:
-                raise InputError(f"{path / name} lacks tensor {tensor}, which {_INDEX} places there", "download it again")
+                raise InputError(
+                    f"{path / name} lacks tensor {tensor}, which {_INDEX} places there", "download it again"
+                )
         self.shapes: dict[str, tuple[int, ...]] = {
             tensor: tuple(self._shards[name].get_slice(tensor).get_shape()) for tensor, name in self._places.items()
         }
@@ -57,7 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "check that the model folder is complete") from None
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}", "check that the model folder is complete"
+        ) from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}", "get an intact copy of it") from None
     if not isinstance(value, dict):

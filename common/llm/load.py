@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
+
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm.architecture import Architecture, from_gguf, from_hugging_face
 from saex_pipe.common.llm.families import FAMILIES
@@ -97,14 +98,15 @@ class _Checkpoint:
                 raise InputError(f"{self.path} lacks tensor {name}", "get an intact copy of the model")
             if self._shapes[name] != self.shape(role):
                 raise InputError(
-                    f"{self.path}: tensor {name} has shape {self._shapes[name]}, its configuration says {self.shape(role)}",
+                    f"{self.path}: tensor {name} has shape {self._shapes[name]}, its configuration says "
+                    f"{self.shape(role)}",
                     "get a model whose weights and configuration belong together",
                 )
         known = {*wanted, self._names["unembed"], *(name.format(layer) for name in ignored for layer in layers)}
         unknown = sorted(set(self._shapes) - known)
         if unknown:
             raise InputError(
-                f"{self.path}: tensor {unknown[0]} is not part of the {self.architecture.family} family",
+                f"{self.path}: tensor {unknown[0]!r} is not part of the {self.architecture.family} family",
                 "this version cannot run the model faithfully; use one without it",
             )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
+
 from saex_pipe.common.llm.architecture import Architecture
 
 

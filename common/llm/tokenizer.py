@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import tokenizers
 from jaxtyping import Int
+
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.resources import cache_folder
 

@@ -45,6 +45,7 @@ class TopK:
     k: int  # active latents per row
     auxiliary_coefficient: float = 1 / 32
     k_auxiliary: int | None = None  # dead latents per row in the auxiliary loss; None: half the target's width
+    auxiliary_stride: int = 1  # the auxiliary loss reads every n-th row: its cost, at worst that of the loss, falls n-fold
     transcoder: bool = False
 
     def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:
@@ -91,7 +92,9 @@ class TopK:
         error, variance = squared_error_and_variance(target_BD, recon_BD)
         fvu = ratio_or_zero(error, variance)
         residual_BD = jax.lax.stop_gradient(target_BD - recon_BD)
-        auxiliary = self.auxiliary_coefficient * self._auxiliary(params, x_BD, residual_BD, dead_F, compute_dtype)
+        every = slice(None, None, self.auxiliary_stride)
+        auxiliary = self._auxiliary(params, x_BD[every], residual_BD[every], dead_F, compute_dtype)
+        auxiliary *= self.auxiliary_coefficient
         positive_BK = active.values_BK > 0
         total = fvu + auxiliary
         return total, LossTerms(

@@ -35,9 +35,7 @@ def activation_histogram(counts: Sequence[int], edges: Sequence[float]) -> Marku
         _label(width / 2, height - 4, f"activation{', log scale' if _is_geometric(edges) else ''}", "middle"),
         _label(width, height - 4, numerals.short(edges[-1]), "end"),
     ]
-    return _svg(
-        width, height, [*bars, _axis(floor, width), *labels], "Histogram of positive activations"
-    )
+    return _svg(width, height, [*bars, _axis(floor, width), *labels], "Histogram of positive activations")
 
 
 def density_histogram(rates_F: np.ndarray, marked: Sequence[int], counted: str) -> Markup:

@@ -73,16 +73,23 @@ def test_weights_above_the_last_layer_are_never_read(tiny, tmp_path, monkeypatch
     assert {name.split(".")[1] for name in names if name.startswith("blk")} == {"0", "1"}
 
 
-@pytest.mark.parametrize("name", all_names(type("Four", (), {"layers": 4})))
-def test_every_tap_can_be_edited(name, model, tiny, expected):
-    """Doubling a value changes the logits, and the tap shows what the model went on with."""
-    output = apply(model, tiny.tokens_NL(), taps=[name], edits={name: lambda value, captured: value * 2})
-    close(output.taps[name], 2 * expected[name])
-    assert output.taps[name].shape[-1] == width(name, model.architecture)
-    if name in ("embed", "blocks.0.resid_pre", "final_norm"):
-        doubled = apply(model, tiny.tokens_NL(), edits={name: lambda value, captured: jnp.asarray(2 * expected[name])})
-        close(output.logits_NLV, doubled.logits_NLV)
-    assert np.abs(output.logits_NLV - expected["logits"]).max() > 1e-3
+def test_every_tap_can_be_edited(tiny_llama, tmp_path):
+    """Each tap in turn turned round and shifted, all in one program; logits and the tap itself as NumPy has them."""
+    tiny = tiny_llama(layers=2)
+    model = load_model(tiny.write_folder(tmp_path), dtype="float32")
+    names, tokens_NL = all_names(model.architecture), tiny.tokens_NL()
+
+    @jax.jit
+    def run(model, tokens_NL):
+        return {name: apply(model, tokens_NL, taps=[name], edits={name: lambda v, _: 0.1 - v}) for name in names}
+
+    plain = tiny.reference(tokens_NL)["logits"]
+    for name, output in run(model, tokens_NL).items():
+        expected = tiny.reference(tokens_NL, edits={name: lambda v: 0.1 - v})
+        close(output.taps[name], expected[name])
+        close(output.logits_NLV, expected["logits"])
+        assert output.taps[name].shape[-1] == width(name, model.architecture)
+        assert np.abs(expected["logits"] - plain).max() > 0.1, name
 
 
 def test_zeroing_both_branches_of_all_blocks_leaves_the_embedding(model, tiny, expected):
@@ -118,13 +125,20 @@ def test_an_edit_sees_the_taps_before_it(model, tiny, expected):
     "name", ["blocks.0.resid_pre", "blocks.2.resid_pre", "blocks.1.resid_post", "blocks.3.resid_post"]
 )
 def test_resuming_from_a_residual_stream(name, model, tiny, expected):
-    value = jnp.asarray(expected[name], jnp.float32)
-    output = apply(model, tiny.tokens_NL(), resume_from=(name, value), taps=[name, "final_norm"])
-    close(output.logits_NLV, expected["logits"])
-    close(output.taps["final_norm"], expected["final_norm"])
-    zeroed = apply(model, tiny.tokens_NL(), resume_from=(name, value), edits={name: lambda v, _: jnp.zeros_like(v)})
-    whole = apply(model, tiny.tokens_NL(), edits={name: lambda v, _: jnp.zeros_like(v)})
-    np.testing.assert_allclose(zeroed.logits_NLV, whole.logits_NLV, atol=1e-5)
+    def crop(value, captured):
+        return value.clip(-0.2, 0.2)
+
+    @jax.jit
+    def run(model, tokens_NL, value):
+        there = apply(model, tokens_NL, resume_from=(name, value), taps=[name, "final_norm"])
+        return there, apply(model, tokens_NL, resume_from=(name, value), edits={name: crop})
+
+    plain, cropped = run(model, tiny.tokens_NL(), jnp.asarray(expected[name], jnp.float32))
+    close(plain.taps[name], expected[name])
+    close(plain.taps["final_norm"], expected["final_norm"])
+    close(plain.logits_NLV, expected["logits"])
+    close(cropped.logits_NLV, tiny.reference(tiny.tokens_NL(), edits={name: lambda v: v.clip(-0.2, 0.2)})["logits"])
+    assert np.abs(cropped.logits_NLV - plain.logits_NLV).max() > 0.1
 
 
 def test_logits_of_the_final_tap(model, tiny, expected):
@@ -135,7 +149,8 @@ def test_a_window_does_not_see_another_window_nor_later_tokens(model, tiny):
     tokens_NL = tiny.tokens_NL()
     changed_NL = tokens_NL.copy()
     changed_NL[1, 5:] = (changed_NL[1, 5:] + 1) % 101
-    before, after = (apply(model, t).logits_NLV for t in (tokens_NL, changed_NL))
+    run = jax.jit(lambda model, tokens_NL: apply(model, tokens_NL).logits_NLV)
+    before, after = (run(model, t) for t in (tokens_NL, changed_NL))
     np.testing.assert_allclose(before[0], after[0], atol=1e-5)
     np.testing.assert_allclose(before[1, :5], after[1, :5], atol=1e-5)
     assert np.abs(before[1, 5] - after[1, 5]).max() > 1e-2

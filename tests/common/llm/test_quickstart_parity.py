@@ -22,11 +22,10 @@ def recorded():
 
 
 def run(path, tokens_NL, dtype="float32", names=None):
-    """The named taps, or all taps and logits."""
-    model = load_model(path, dtype=dtype)
-    wanted = names or all_names(model.architecture)
-    forward = jax.jit(lambda model, tokens_NL: apply(model, tokens_NL, taps=wanted, logits=names is None))
-    output = forward(model, tokens_NL)
+    """The named taps, or all taps and logits; not jitted, as compiling 30 unrolled blocks takes longest."""
+    last_layer = None if names is None else 15
+    model = load_model(path, dtype=dtype, last_layer=last_layer, with_unembedding=names is None)
+    output = apply(model, tokens_NL, taps=names or all_names(model.architecture), logits=names is None)
     values = {name: np.asarray(value) for name, value in output.taps.items()}
     return values if names else {**values, "logits": np.asarray(output.logits_NLV)}
 
@@ -35,6 +34,14 @@ def run(path, tokens_NL, dtype="float32", names=None):
 def computed(quickstart_path, recorded):
     with jax.default_matmul_precision("highest"):
         return run(quickstart_path, recorded["tokens_NL"])
+
+
+def test_jitted_forward_to_the_quickstart_tap(quickstart_path, recorded, relative_error):
+    """As the harvest runs it: 15 scanned blocks, nothing above loaded."""
+    model = load_model(quickstart_path, dtype="float32", last_layer=14, with_unembedding=False)
+    tap = "blocks.15.resid_pre"
+    forward = jax.jit(lambda model, tokens_NL: apply(model, tokens_NL, taps=[tap], logits=False).taps[tap])
+    assert relative_error(forward(model, recorded["tokens_NL"]), recorded[f"full/{tap}"]) <= LIMIT
 
 
 def errors(values, recorded, relative_error):

@@ -97,7 +97,8 @@ def test_it_fits_the_model_or_is_refused(smollm2, quickstart_path):
 @pytest.fixture
 def folder(tmp_path):
     """A word-level Hugging Face tokenizer that truncates and adds BOS by itself, both of which must not happen."""
-    made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "▁b": 3, "<0x0A>": 4, "?": 5}, unk_token="?"))
+    vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "▁b": 3, "<0x0A>": 4, "?": 5}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     made.add_special_tokens(["<s>", "</s>"])
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.decoder = decoders.Metaspace()
@@ -138,6 +139,7 @@ def test_an_unknown_splitting_rule_is_refused(monkeypatch, quickstart_path):
 
 
 def test_importing_it_is_light():
-    program = "import sys, saex_pipe.common.llm.tokenizer; print({'jax', 'torch', 'transformers', 'gguf'} & set(sys.modules))"
+    heavy = "{'jax', 'torch', 'transformers', 'gguf'}"
+    program = f"import sys, saex_pipe.common.llm.tokenizer; print({heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

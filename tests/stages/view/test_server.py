@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,16 +14,17 @@ import pytest
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.feature_cache import FeatureCache
 from saex_pipe.common.formats.folder import Folder
-from saex_pipe.stages.view.server import open_server
+from saex_pipe.stages.view import server
+from saex_pipe.stages.view.page import feature_page
 
 
 @pytest.fixture
 def port(make_cache: Callable[..., Folder]) -> Iterator[int]:
-    with FeatureCache(make_cache()) as cache, open_server(cache, "<p>index</p>", 0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    with FeatureCache(make_cache()) as cache, server.open_server(cache, "<p>index</p>", 0) as opened:
+        thread = threading.Thread(target=opened.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server.server_port
-        server.shutdown()
+        yield opened.server_port
+        opened.shutdown()
         thread.join()
 
 
@@ -54,7 +56,7 @@ def test_unknown_features_are_404_with_the_range(port: int, number: str) -> None
     assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "/../../etc/passwd", "/features.parquet", "/feature?n=x"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "/../../etc/passwd", "/features.parquet", "/other/3", "/feature?n=x"])
 def test_other_paths_are_404(port: int, path: str) -> None:
     assert get(port, path)[0] == 404
 
@@ -64,17 +66,30 @@ def test_other_host_names_are_refused(port: int) -> None:
     assert get(port, "/", host="attacker.example")[0] == 403
 
 
-def test_many_readers_at_once(port: int) -> None:
+def test_many_readers_at_once_take_turns_at_the_cache(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[int] = []
+    overlaps: list[int] = []
+
+    def watched_page(cache: FeatureCache, feature: int) -> str:
+        inside.append(feature)
+        overlaps.append(len(inside) - 1)
+        time.sleep(0.005)
+        page = feature_page(cache, feature)
+        inside.remove(feature)
+        return page
+
+    monkeypatch.setattr(server, "feature_page", watched_page)
     answers: list[bool] = []
     readers = [
         threading.Thread(target=lambda i=i: answers.append(f'id="f{i}"' in get(port, f"/feature/{i}")[1]))
-        for i in range(20, 44)
+        for i in range(20, 36)
     ]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
     assert answers == [True] * len(readers)
+    assert overlaps == [0] * len(readers)
 
 
 def test_a_connection_that_says_nothing_blocks_nobody(port: int) -> None:
@@ -89,7 +104,7 @@ def test_taken_port_says_what_to_do(port: int, make_cache: Callable[..., Folder]
         FeatureCache(make_cache(text=False)) as cache,
         pytest.raises(InputError, match=rf"view\.port = {port} cannot be opened .*; choose another"),
     ):
-        open_server(cache, "", port)
+        server.open_server(cache, "", port)
 
 
 def test_ctrl_c_ends_cleanly(make_cache: Callable[..., Folder]) -> None:

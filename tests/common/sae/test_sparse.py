@@ -1,0 +1,100 @@
+"""The sparse products against dense ones in float64 NumPy, and the exact selection."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saex_pipe.common.sae.select import GROUP, top_k
+from saex_pipe.common.sae.sparse import (
+    RUN_LENGTH,
+    ActiveCodes,
+    decode_active,
+    gather_dot,
+    gather_sum,
+    runs_by_latent,
+    scatter_sum,
+    topk_codes,
+)
+
+ROWS, WIDTH, LATENTS, K = 70, 12, 40, 5  # no multiple of any block size
+
+
+def random_codes(seed: int, rows: int = ROWS) -> tuple[ActiveCodes, np.ndarray]:
+    """Codes by their active latents and as a dense float64 matrix; latent 3 is active in every row."""
+    rng = np.random.default_rng(seed)
+    latents_BK = np.stack([rng.permutation(np.delete(np.arange(LATENTS), 3))[:K] for _ in range(rows)]).astype(np.int32)
+    latents_BK[:, 2] = 3
+    values_BK = rng.normal(size=(rows, K)).astype(np.float32)
+    codes_BF = np.zeros((rows, LATENTS))
+    np.put_along_axis(codes_BF, latents_BK, values_BK, axis=1)
+    return ActiveCodes(jnp.asarray(values_BK), jnp.asarray(latents_BK)), codes_BF
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 33, ROWS])
+def test_products_equal_dense_ones(rows: int) -> None:
+    active, codes_BF = random_codes(0, rows)
+    w_FD, x_BD = normal(1, LATENTS, WIDTH), normal(2, rows, WIDTH)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(gather_sum(active, jnp.asarray(w_FD)), codes_BF @ w_FD, **close)
+    np.testing.assert_allclose(
+        gather_dot(jnp.asarray(x_BD), jnp.asarray(w_FD), active.latents_BK),
+        np.take_along_axis(x_BD.astype(np.float64) @ w_FD.T, np.asarray(active.latents_BK), axis=1),
+        **close,
+    )
+    runs = runs_by_latent(active.latents_BK, LATENTS)
+    sums_FD = scatter_sum(active.values_BK, runs, jnp.asarray(x_BD), LATENTS)
+    np.testing.assert_allclose(sums_FD, codes_BF.T @ x_BD, **close)
+
+
+def test_runs_hold_every_pair_once_and_one_latent_each() -> None:
+    active, _ = random_codes(3)
+    runs = runs_by_latent(active.latents_BK, LATENTS)
+    pairs_VR = np.asarray(runs.pairs_NVR).reshape(-1, RUN_LENGTH)
+    latents_V = np.asarray(runs.latents_NV).reshape(-1)
+    flat_P = np.asarray(active.latents_BK).reshape(-1)
+    held = pairs_VR[pairs_VR < flat_P.size]
+    assert sorted(held) == list(range(flat_P.size))
+    for pairs_R, latent in zip(pairs_VR, latents_V, strict=True):
+        assert set(flat_P[pairs_R[pairs_R < flat_P.size]]) <= {latent}
+
+
+@pytest.mark.parametrize("latents", [LATENTS, 64 * GROUP])  # one selection, and two
+def test_sparse_autoencoder_and_gradients_equal_the_dense_path(latents: int) -> None:
+    x_BD, b_pre_D, b_enc_F = normal(4, ROWS, WIDTH), normal(5, WIDTH), normal(6, latents)
+    w_enc_DF, w_dec_FD, weight_BD = normal(7, WIDTH, latents), normal(8, latents, WIDTH), normal(9, ROWS, WIDTH)
+
+    def sparse(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):  # noqa: ANN001, ANN202
+        active = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, K, "float32")
+        return jnp.sum(weight_BD * jnp.square(decode_active(active, w_dec_FD)))
+
+    def dense(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):  # noqa: ANN001, ANN202
+        z_BF = (x_BD - b_pre_D[None]) @ w_enc_DF + b_enc_F[None]
+        kth_B1 = jnp.sort(z_BF, axis=1)[:, -K, None]
+        codes_BF = jnp.where(z_BF >= kth_B1, jax.nn.relu(z_BF), 0.0)
+        return jnp.sum(weight_BD * jnp.square(codes_BF @ w_dec_FD))
+
+    arguments = tuple(jnp.asarray(a) for a in (x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD))
+    value, gradients = jax.jit(jax.value_and_grad(sparse, argnums=(0, 1, 2, 3, 4)))(*arguments)
+    dense_value, dense_gradients = jax.value_and_grad(dense, argnums=(0, 1, 2, 3, 4))(*arguments)
+    assert value == pytest.approx(dense_value, rel=1e-5)
+    for ours, theirs in zip(gradients, dense_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize(("columns", "k"), [(37, 5), (32 * GROUP, 8), (32 * GROUP, 32), (200 * GROUP, 32)])
+def test_top_k_is_exact(columns: int, k: int) -> None:
+    z_BF = normal(10, 50, columns)
+    z_BF[0] = np.arange(columns)  # the k largest share no group
+    z_BF[1] = np.repeat(np.arange(columns)[::-1], 1)
+    z_BF[2, :: max(1, columns // GROUP)] += 10  # the largest share groups
+    z_BF[3, k + 1 :] = -np.inf
+    values_BK, columns_BK = top_k(jnp.asarray(z_BF), k)
+    np.testing.assert_array_equal(values_BK, np.sort(z_BF, axis=1)[:, ::-1][:, :k])
+    np.testing.assert_array_equal(np.take_along_axis(z_BF, np.asarray(columns_BK), axis=1), values_BK)
+    assert all(len(set(row)) == k for row in np.asarray(columns_BK))
+    assert columns_BK.dtype == jnp.int32

@@ -1,0 +1,101 @@
+"""What only TopK has: dead latents and their auxiliary loss, and the constraint on the decoder."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saex_pipe.common.sae.contract import DataStats, Params
+from saex_pipe.common.sae.optimiser import adam
+from saex_pipe.common.sae.topk import TopK
+from saex_pipe.common.sae.train_step import init_state, make_step
+
+TOPK = TopK(latents=48, k=3)
+DEAD_AFTER_ROWS = 500
+
+
+def start_with_dead_latents(rows_BD: jax.Array) -> Params:
+    """Half of the latents lie so low that no input reaches them."""
+    mean_D = rows_BD.mean(axis=0)
+    params = TOPK.init(jax.random.key(0), DataStats(mean_D, mean_D))
+    return {**params, "b_enc_F": jnp.where(jnp.arange(TOPK.latents) < TOPK.latents // 2, -3.0, 0.0)}
+
+
+@pytest.mark.parametrize(("coefficient", "revives"), [(1 / 32, True), (0.0, False)])
+def test_auxiliary_loss_revives_dead_latents(
+    coefficient: float, revives: bool, toy_rows: Callable[..., jax.Array]
+) -> None:
+    optimiser = adam(1e-2, 1000)
+    variant = replace(TOPK, auxiliary_coefficient=coefficient)
+    step = jax.jit(make_step(variant, optimiser, DEAD_AFTER_ROWS), donate_argnums=0)
+    batches = [toy_rows(seed, 128) for seed in range(4)]
+    state = init_state(start_with_dead_latents(batches[0]), optimiser)
+    dead = []
+    for i in range(300):
+        state, terms = step(state, batches[i % 4], batches[i % 4])
+        dead.append(float(terms.dead_fraction))
+    assert dead[0] == 0.0  # nothing is dead before DEAD_AFTER_ROWS have gone by
+    assert max(dead) >= 0.5
+    assert (dead[-1] < 0.2) == revives, dead[::50]
+
+
+def test_rows_since_a_latent_fired_are_counted(toy_rows: Callable[..., jax.Array]) -> None:
+    x_BD = toy_rows(0, 64)
+    optimiser = adam(0.0, 10)
+    step = jax.jit(make_step(TOPK, optimiser, 128))
+    state = init_state(start_with_dead_latents(x_BD), optimiser)
+    fired_F = np.asarray((TOPK.encode(state.params, x_BD) > 0).any(axis=0))
+    assert 0 < fired_F.sum() < TOPK.latents
+    for done in (1, 2, 3):
+        state, terms = step(state, x_BD, x_BD)
+        np.testing.assert_array_equal(state.tokens_since_fired_F, np.where(fired_F, 0, 64 * done))
+        assert float(terms.dead_fraction) == pytest.approx(np.mean(~fired_F) if done == 3 else 0.0)
+
+
+@pytest.mark.parametrize("rows", ["constant", "perfect"])
+def test_no_variance_gives_no_nan(rows: str) -> None:
+    x_BD = jnp.ones((8, 16)) if rows == "constant" else jnp.zeros((8, 16)).at[:, 0].set(jnp.arange(8.0))
+    params = start_with_dead_latents(jnp.zeros((8, 16)))
+    if rows == "perfect":  # latent 40 reproduces the rows: the residual has no variance
+        unit_D = jnp.zeros(16).at[0].set(1.0)
+        params = {
+            "w_enc_DF": jnp.zeros((16, 48)).at[0, 40].set(1.0),
+            "b_enc_F": jnp.zeros(48),
+            "w_dec_FD": params["w_dec_FD"].at[40].set(unit_D),
+            "b_dec_D": jnp.zeros(16),
+        }
+    dead_F = jnp.arange(48) < 24
+
+    def loss(params: Params) -> jax.Array:
+        return TOPK.loss(params, x_BD, x_BD, dead_F)[0]
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_stride_reads_every_nth_row_for_the_auxiliary_loss(toy_rows: Callable[..., jax.Array]) -> None:
+    x_BD = toy_rows(0, 64)
+    params = start_with_dead_latents(x_BD)
+    dead_F = jnp.arange(48) < 24
+    strided = replace(TOPK, auxiliary_stride=4).loss(params, x_BD, x_BD, dead_F)[1]
+    subset = TOPK.loss(params, x_BD[::4], x_BD[::4], dead_F)[1]
+    every = TOPK.loss(params, x_BD, x_BD, dead_F)[1]
+    assert float(strided.auxiliary) == pytest.approx(float(subset.auxiliary), rel=1e-6)
+    assert float(strided.auxiliary) != pytest.approx(float(every.auxiliary), rel=1e-3)
+    assert float(strided.reconstruction) == float(every.reconstruction)
+
+
+def test_decoder_gradient_has_no_part_along_its_rows(toy_rows: Callable[..., jax.Array]) -> None:
+    x_BD = toy_rows(0)
+    params = start_with_dead_latents(x_BD)
+    gradients = jax.grad(lambda p: TOPK.loss(p, x_BD, x_BD, jnp.zeros(48, bool))[0])(params)
+    projected_FD = np.asarray(TOPK.project_gradients(params, gradients)["w_dec_FD"], np.float64)
+    w_dec_FD, gradient_FD = np.asarray(params["w_dec_FD"]), np.asarray(gradients["w_dec_FD"], np.float64)
+    along_F = (gradient_FD * w_dec_FD).sum(axis=1)
+    assert np.abs(along_F).max() > 1e-3
+    np.testing.assert_allclose((projected_FD * w_dec_FD).sum(axis=1), 0.0, atol=1e-7)
+    np.testing.assert_allclose(projected_FD + along_F[:, None] * w_dec_FD, gradient_FD, atol=1e-7)

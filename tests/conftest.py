@@ -1,0 +1,17 @@
+"""Strict settings for the whole suite, in force before anything computes.
+
+Dtypes and ranks never promote silently, and the CPU counts as eight devices, so that code for one device and code
+for many are both at hand. The first two reach the processes that tests start; the eight devices stay in this one,
+since a command that finds eight would spread its work over them.
+"""
+
+import os
+
+SETTINGS = {"JAX_PLATFORMS": "cpu", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+os.environ.update(SETTINGS)
+
+import jax  # noqa: E402 - after the environment that it reads
+
+for name, value in SETTINGS.items():
+    jax.config.update(name.lower(), value)  # again, in case a plugin of pytest imported jax first
+jax.config.update("jax_num_cpu_devices", 8)
