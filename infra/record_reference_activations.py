@@ -20,10 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 FULL_LAYERS = (0, 15)
 SAMPLES = 256
-# "Fellow-citizens of the Senate and House of Representatives" and what follows, 1790; and a run of figures and code.
+# "Fellow-Citizens of the Senate and House of Representatives: I embrace", and the start of a chat turn with figures,
+# code and other scripts.
 TOKENS = [
-    [43, 33377, 29, 19220, 30, 265, 282, 260, 18059, 284, 5230, 282, 11830, 1449, 42, 339],
-    [1, 4093, 198, 1780, 2047, 33, 2040, 216, 33, 41, 40, 36, 28, 284, 1464, 2],
+    [54, 3164, 29, 37266, 33034, 282, 260, 11151, 284, 4699, 282, 21912, 42, 339, 10286, 351],
+    [1, 4093, 198, 788, 216, 33, 41, 40, 36, 42, 1792, 79, 33, 446, 7353, 3546],
 ]
 
 

@@ -1,6 +1,7 @@
 """bfloat16 for zarr-python, which has none: with saex-pipe installed, any zarr user opens the stores.
 
-Registered through the entry point ``zarr.data_type`` in pyproject.toml.
+Registered through the entry point ``zarr.data_type`` in pyproject.toml, which zarr-python reads from 3.2 on; with
+zarr 3.1, the last for Python 3.11, importing this module registers it.
 """
 
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import ml_dtypes
 import numpy as np
+from zarr.core.dtype import data_type_registry
 from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.core.dtype.npy.common import float_from_json_v3, float_to_json_v3
 from zarr.core.dtype.wrapper import ZDType
@@ -75,3 +77,6 @@ class BFloat16(ZDType, HasEndianness, HasItemSize):  # type: ignore[type-arg]
     def item_size(self) -> int:
         """Bytes of one number."""
         return _NATIVE.itemsize
+
+
+data_type_registry.register("bfloat16", BFloat16)

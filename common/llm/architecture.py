@@ -98,7 +98,8 @@ def _build(family: Family, values: dict[str, Any], names: Mapping[str, str], pat
     architecture = Architecture(family=family.name, **values)
     if architecture.query_heads % architecture.kv_heads:
         raise InputError(
-            f"{path}: {architecture.query_heads} query heads do not divide over {architecture.kv_heads} key/value heads",
+            f"{path}: {architecture.query_heads} query heads do not divide over {architecture.kv_heads} key/value "
+            "heads",
             "get an intact copy of the model",
         )
     if architecture.head_dim % 2:

@@ -6,6 +6,7 @@ the residual stream, norms, softmax and rotary positions are float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.attention import causal_attention, rotary_tables, rotate
-from saex_pipe.common.llm.params import Blocks, LanguageModel
+from saex_pipe.common.llm.params import LanguageModel
 
 # Gets the value at its tap and the requested taps computed before it; returns the value to go on with.
 Edit = Callable[[Array, Mapping[str, Array]], Array]
@@ -122,18 +123,18 @@ def _run_blocks(
     layer = first
     while layer < stop:
         if layer in touched:
-            here = f"blocks.{layer}."
-            resid_NLD = visit(here + "resid_pre", resid_NLD)
+            resid_NLD = visit(f"blocks.{layer}.resid_pre", resid_NLD)
             if end == tap_names.Tap(layer, 0):
                 break
-            block = _layers(model.params.blocks, layer, None)
-            resid_NLD = _block(model, block, resid_NLD, rope, lambda site, value, here=here: visit(here + site, value))
+            resid_NLD = _block(model, layer, resid_NLD, rope, partial(_visit_block, visit, layer))
             layer += 1
         else:
             run_end = min([t for t in touched if t > layer] + [stop])
-            blocks = _layers(model.params.blocks, layer, run_end)
+            # Over layer numbers, not over a slice of the weights, which would be copied at every call.
             resid_NLD, _ = jax.lax.scan(
-                lambda x_NLD, block: (_block(model, block, x_NLD, rope, _untouched), None), resid_NLD, blocks
+                lambda x_NLD, number: (_block(model, number, x_NLD, rope, _untouched), None),
+                resid_NLD,
+                jnp.arange(layer, run_end),
             )
             layer = run_end
     return resid_NLD
@@ -141,13 +142,14 @@ def _run_blocks(
 
 def _block(
     model: LanguageModel,
-    block: Blocks,
+    layer: int | Int[Array, ""],
     resid_NLD: Array,
     rope: tuple[Array, Array],
     visit: Callable[[str, Array], Array],
 ) -> Array:
-    """One block, from after ``resid_pre`` to ``resid_post``; ``block`` holds the weights of one layer."""
+    """One block, from after ``resid_pre`` to ``resid_post``."""
     a = model.architecture
+    block = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), model.params.blocks)
     windows, length, _ = resid_NLD.shape
     attn_in_NLD = visit("attn_in", rms_norm(resid_NLD, block.attn_norm[...], a.norm_epsilon))
     qkv = _matmul(attn_in_NLD, block.w_qkv).reshape(windows, length, a.query_heads + 2 * a.kv_heads, a.head_dim)
@@ -162,6 +164,10 @@ def _block(
     return visit("resid_post", resid_NLD + mlp_out_NLD)
 
 
+def _visit_block(visit: Callable[[str, Array], Array], layer: int, site: str, value: Array) -> Array:
+    return visit(f"blocks.{layer}.{site}", value)
+
+
 def _untouched(site: str, value: Array) -> Array:
     return value
 
@@ -170,11 +176,6 @@ def _matmul(x: Array, weights: nnx.Param) -> Array:
     """Inputs in the dtype of the weights, sums and output in float32."""
     w = weights[...]
     return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
-
-
-def _layers(blocks: Blocks, start: int, stop: int | None) -> Blocks:
-    """Weights of layer ``start``, or of the run ``start`` to ``stop`` with its layer axis."""
-    return jax.tree.map(lambda w: w[start] if stop is None else w[start:stop], blocks)
 
 
 def _resume_place(name: str, model: LanguageModel) -> tap_names.Tap:

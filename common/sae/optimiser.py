@@ -34,6 +34,11 @@ def learning_rate(peak: float, total_steps: int, step: Int[Array, ""]) -> Float[
     return peak * jnp.clip(jnp.minimum((done + 1) / warmup_steps, (total_steps - done) / decay_steps), 0.0, 1.0)
 
 
+def global_norm(gradients: Any) -> Float[Array, ""]:
+    """Length of all gradients taken as one vector."""
+    return jnp.sqrt(sum((jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)), start=jnp.zeros((), jnp.float32)))
+
+
 def adam(peak_learning_rate: float, total_steps: int) -> optax.GradientTransformation:
     """Clip to a global norm of 1, then Adam (0.9, 0.999, 6.25e-10) under ``learning_rate``.
 
@@ -48,7 +53,7 @@ def adam(peak_learning_rate: float, total_steps: int) -> optax.GradientTransform
 
     def update(gradients: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         del params
-        clip = jnp.minimum(1.0, CLIP_NORM / jnp.maximum(optax.global_norm(gradients), jnp.finfo(jnp.float32).tiny))
+        clip = jnp.minimum(1.0, CLIP_NORM / jnp.maximum(optax.tree.norm(gradients), jnp.finfo(jnp.float32).tiny))
         updates_done = state.updates_done + 1
         count = updates_done.astype(jnp.float32)
         rate = learning_rate(peak_learning_rate, total_steps, state.updates_done) / (1 - BETA_MEAN**count)
@@ -57,9 +62,7 @@ def adam(peak_learning_rate: float, total_steps: int) -> optax.GradientTransform
         square = jax.tree.map(
             lambda s, g: BETA_SQUARE * s + (1 - BETA_SQUARE) * jnp.square(clip * g), state.square, gradients
         )
-        updates = jax.tree.map(
-            lambda m, s: -rate * m / (jnp.sqrt(unbias_square * s) + ADAM_EPSILON), mean, square
-        )
+        updates = jax.tree.map(lambda m, s: -rate * m / (jnp.sqrt(unbias_square * s) + ADAM_EPSILON), mean, square)
         return updates, AdamState(updates_done, mean, square)
 
     return optax.GradientTransformation(init, update)

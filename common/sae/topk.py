@@ -45,7 +45,9 @@ class TopK:
     k: int  # active latents per row
     auxiliary_coefficient: float = 1 / 32
     k_auxiliary: int | None = None  # dead latents per row in the auxiliary loss; None: half the target's width
-    auxiliary_stride: int = 1  # the auxiliary loss reads every n-th row: its cost, at worst that of the loss, falls n-fold
+    auxiliary_stride: int = (
+        1  # the auxiliary loss reads every n-th row: its cost, at worst that of the loss, falls n-fold
+    )
     transcoder: bool = False
 
     def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 from saex_pipe.common.sae.contract import ComputeDtype, LossTerms, Params, Variant
+from saex_pipe.common.sae.optimiser import global_norm
 
 # Counters stop here, far from the end of int32.
 MAX_ROWS_COUNTED = 2**30
@@ -105,7 +106,7 @@ def make_step(
             l0=terms.l0,
             fvu=terms.fvu,
             dead_fraction=jnp.mean(dead_F, dtype=jnp.float32),
-            gradient_norm=optax.global_norm(gradients),
+            gradient_norm=optax.tree.norm(gradients),
         )
 
     return step

@@ -80,14 +80,14 @@ def test_codes_and_reconstruction(name: str, transcoder: bool, batch: Callable, 
     exact = {key: np.asarray(value, np.float64) for key, value in params.items()}
     expected_BF = reference_codes(name, exact, np.asarray(x_BD, np.float64), transcoder)
     np.testing.assert_allclose(codes_BF, expected_BF, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        recon_BD, expected_BF @ exact["w_dec_FD"] + exact["b_dec_D"], rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(recon_BD, expected_BF @ exact["w_dec_FD"] + exact["b_dec_D"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(variant.decode(params, codes_BF), recon_BD, rtol=1e-4, atol=1e-5)
     _, terms = variant.loss(params, x_BD, target_BD, jnp.asarray(NONE_DEAD))
     assert float(terms.l0) == pytest.approx((expected_BF > 0).sum(axis=1).mean())
     np.testing.assert_array_equal(terms.fired_F, (expected_BF > 0).any(axis=0))
-    assert float(terms.fvu) == pytest.approx(unexplained(np.asarray(target_BD - recon_BD), np.asarray(target_BD)), rel=1e-4)
+    assert float(terms.fvu) == pytest.approx(
+        unexplained(np.asarray(target_BD - recon_BD), np.asarray(target_BD)), rel=1e-4
+    )
     half_BD = variant.reconstruct(params, x_BD, "bfloat16")
     assert half_BD.dtype == jnp.float32
     assert 0 < float(jnp.abs(half_BD - recon_BD).mean()) < 0.02

@@ -1,0 +1,120 @@
+"""The layout of SAELens: a round trip here, and SAELens itself on the same raw rows where it is installed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.sae.contract import DataStats, Variant
+from saex_pipe.common.sae.folding import fold
+from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.saelens import from_saelens, to_saelens
+from saex_pipe.common.sae.variants import build
+
+WIDTH, LATENTS, ROWS, RAW_NORM = 16, 64, 50, 150.0
+METADATA = {"model_name": "tiny", "hook_name": "blocks.3.hook_resid_pre", "context_size": 128, "prepend_bos": True}
+
+CASES: dict[str, tuple[Variant, int, str]] = {
+    "topk": (build("topk", LATENTS, k=5), WIDTH, "topk"),
+    "relu": (build("relu", LATENTS, sparsity_coefficient=1.0), WIDTH, "standard"),
+    "topk transcoder": (build("topk", LATENTS, k=5, transcoder=True), WIDTH, "topk"),
+    "topk transcoder to another width": (build("topk", LATENTS, k=5, transcoder=True), 10, "topk_transcoder"),
+    "relu transcoder": (build("relu", LATENTS, sparsity_coefficient=1.0, transcoder=True), 10, "transcoder"),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def exported(case: str) -> tuple[Sae, jax.Array]:
+    """A folded SAE, and raw rows whose mean is larger than their spread."""
+    variant, width_out, _ = CASES[case]
+    rng = np.random.default_rng(0)
+    raw_BD = jnp.asarray(RAW_NORM / WIDTH**0.5 * (rng.normal(size=(ROWS, WIDTH)) + 3), jnp.float32)
+    stats = DataStats(jnp.full(WIDTH, 3.0), jnp.full(width_out, 3.0))
+    params = variant.init(jax.random.key(0), stats)
+    params = {key: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for key, leaf in params.items()}
+    scale = WIDTH**0.5 / RAW_NORM
+    return Sae(variant, fold(variant, params, scale, 2 * scale if variant.transcoder else scale)), raw_BD
+
+
+@every_case
+def test_round_trip(case: str, tmp_path: Path) -> None:
+    sae, raw_BD = exported(case)
+    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA)
+    assert cfg["architecture"] == CASES[case][2]
+    assert cfg["metadata"]["hook_name"] == METADATA["hook_name"]
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    cfg = json.loads(json.dumps(cfg))
+    variant, params = from_saelens(cfg, load_file(tmp_path / "sae_weights.safetensors"))
+    assert type(variant) is type(sae.variant)
+    again = Sae(variant, params)
+    np.testing.assert_array_equal(again.encode(raw_BD), sae.encode(raw_BD))
+    np.testing.assert_array_equal(again.reconstruct(raw_BD), sae.reconstruct(raw_BD))
+
+
+def test_a_relu_that_subtracts_its_decoder_bias_comes_back_equal() -> None:
+    sae, raw_BD = exported("relu")
+    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA)
+    variant, params = from_saelens({**cfg, "apply_b_dec_to_input": True}, tensors)
+    expected_BF = variant.encode(sae.params, raw_BD - sae.params["b_dec_D"][None])
+    np.testing.assert_allclose(Sae(variant, params).encode(raw_BD), expected_BF, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "temporal"}, "architecture 'temporal' is not known; known are standard, topk"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm' is not supported"),
+        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm = True is not supported"),
+        ({"d_sae": 63}, "W_enc has shape (16, 64), cfg.json says (16, 63)"),
+        ({"k": None}, "cfg.json lacks k"),
+        ({"d_in": None}, "cfg.json lacks d_in"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(change: dict[str, Any], message: str) -> None:
+    sae, _ = exported("topk")
+    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA)
+    cfg = {key: value for key, value in {**cfg, **change}.items() if value is not None}
+    with pytest.raises(InputError) as refusal:
+        from_saelens(cfg, tensors)
+    assert message in str(refusal.value)
+
+
+def test_missing_tensors_are_named() -> None:
+    sae, _ = exported("topk")
+    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA)
+    del tensors["b_enc"]
+    with pytest.raises(InputError, match="lacks b_enc"):
+        from_saelens(cfg, tensors)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][2] != "topk_transcoder"])
+def test_saelens_computes_the_same(case: str, tmp_path: Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    import torch
+
+    sae, raw_BD = exported(case)
+    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA)
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    with torch.no_grad():
+        codes_BF = theirs.encode(torch.from_numpy(np.array(raw_BD)))
+        recon_BD = theirs.decode(codes_BF)
+        whole_BD = theirs(torch.from_numpy(np.array(raw_BD)))
+    assert (
+        type(theirs).__name__
+        == {"topk": "TopKSAE", "standard": "StandardSAE", "transcoder": "Transcoder"}[CASES[case][2]]
+    )
+    assert theirs.cfg.metadata.hook_name == METADATA["hook_name"]
+    for ours, torchs in ((sae.encode(raw_BD), codes_BF), (sae.reconstruct(raw_BD), recon_BD), (recon_BD, whole_BD)):
+        ours, torchs = np.asarray(ours, np.float64), torchs.numpy().astype(np.float64)
+        assert np.abs(ours - torchs).max() <= 1e-5 * np.abs(torchs).max()
+    assert math.isclose((codes_BF > 0).sum().item(), float((sae.encode(raw_BD) > 0).sum()))
