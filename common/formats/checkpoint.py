@@ -78,7 +78,10 @@ class TrainingState:
             return None
         return step, self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
 
-    def close(self) -> None:
-        """Wait for saves under way."""
+    def __enter__(self) -> "TrainingState":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Wait for the saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()

@@ -51,7 +51,7 @@ class GgufFile:
             raise InputError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
         try:
             self._parse()
-        except (struct.error, UnicodeDecodeError, OverflowError, MemoryError):
+        except (struct.error, UnicodeDecodeError, OverflowError, MemoryError, RecursionError):
             raise InputError(f"{path} is truncated or damaged: its header does not parse", _DAMAGED) from None
 
     def read(self, name: str) -> np.ndarray:
@@ -78,7 +78,9 @@ class GgufFile:
             name = self._string()
             self.metadata[name] = self._value(self._scalar("I"))
         found = list(self._tensor_infos(tensor_count))
-        alignment = int(self.metadata.get("general.alignment", 32))
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise InputError(f"{self.path} is damaged: general.alignment = {alignment!r}", _DAMAGED)
         start = -(-self._position // alignment) * alignment
         self.tensors = {name: info._replace(offset=start + info.offset) for name, info in found}
         end = max((info.offset + info.size_bytes for info in self.tensors.values()), default=0)

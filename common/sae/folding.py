@@ -7,6 +7,7 @@ their training scale (as SAELens does):
 """
 
 import jax.numpy as jnp
+
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.contract import Params, Variant
 

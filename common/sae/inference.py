@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
 from saex_pipe.common.sae.contract import ComputeDtype, Params, Variant
 from saex_pipe.common.sae.sparse import ActiveCodes
 from saex_pipe.common.sae.topk import TopK

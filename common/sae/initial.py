@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
+
 from saex_pipe.common.sae.contract import DataStats, Params, unit_rows
 
 

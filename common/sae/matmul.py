@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
 from saex_pipe.common.sae.contract import ComputeDtype
 
 

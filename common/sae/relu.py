@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
 from saex_pipe.common.sae.contract import (
     ComputeDtype,
     DataStats,

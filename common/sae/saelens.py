@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.contract import Params, Variant
 from saex_pipe.common.sae.relu import Relu

@@ -20,6 +20,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
 from saex_pipe.common.sae.contract import (
     ComputeDtype,
     DataStats,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+
 from saex_pipe.common.sae.contract import ComputeDtype, LossTerms, Params, Variant
 from saex_pipe.common.sae.optimiser import global_norm
 
@@ -106,7 +107,7 @@ def make_step(
             l0=terms.l0,
             fvu=terms.fvu,
             dead_fraction=jnp.mean(dead_F, dtype=jnp.float32),
-            gradient_norm=optax.tree.norm(gradients),
+            gradient_norm=global_norm(gradients),
         )
 
     return step

@@ -1,7 +1,6 @@
 """Documents from text files: .txt, .jsonl and .parquet, each also compressed with gzip or Zstandard."""
 
 import contextlib
-import gzip
 import io
 import json
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from saex_pipe.common import resources
 from saex_pipe.common.errors import InputError
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
-_COMPRESSIONS = (".gz", ".zst")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def check_source(uri: str) -> str:
@@ -41,7 +40,7 @@ def read_documents(uri: str, text_field: str) -> Iterator[str]:
                 yield from _json_lines(file, uri, text_field)
             else:
                 yield from _parquet_rows(file, uri, text_field)
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, OSError) as error:
+    except (EOFError, UnicodeDecodeError, OSError) as error:
         raise InputError(
             f"{uri} cannot be read ({error})", "check that the file is whole and of the kind its name says"
         ) from None
@@ -49,21 +48,12 @@ def read_documents(uri: str, text_field: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _open(path: Path, uri: str) -> Iterator[IO[bytes]]:
-    name = uri.partition("#")[0].lower()
-    if name.endswith(".gz"):
-        with gzip.open(path) as gzip_file:
-            yield cast(IO[bytes], gzip_file)
-    elif name.endswith(".zst"):
-        import zstandard
+    """The file, decompressed. pyarrow is used for both compressions: it refuses a stream that ends early."""
+    import pyarrow
 
-        try:
-            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as zstd_file:
-                yield cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, zstd_file), 1 << 20))
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from None
-    else:
-        with path.open("rb") as plain_file:
-            yield plain_file
+    suffix = "." + uri.partition("#")[0].lower().rpartition(".")[2]
+    with pyarrow.input_stream(str(path), compression=_COMPRESSIONS.get(suffix)) as stream:
+        yield cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
 
 
 def _json_lines(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
@@ -93,7 +83,7 @@ def _parquet_rows(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if not file.seekable() else file)
     except pyarrow.ArrowInvalid as error:
         raise EOFError(str(error)) from None
     if text_field not in table.schema_arrow.names:

@@ -49,24 +49,22 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         step_fn = _compiled_step(config, variant, optimiser, scales)
         state = init_state(variant.init(jax.random.key(config.seed), _data_stats(store, taps, scales)), optimiser)
 
-        saves = TrainingState(output.folder)
-        start, state = saves.restore(state) or (0, state)
         reader = RowReader(store, taps, seed=config.seed, batch_rows=config.batch_rows, pool_bytes=config.pool_bytes)
-        rows = progress("training", steps * config.batch_rows, "rows", done=start * config.batch_rows, log=output.metrics)
-        with reader, rows as bar:
-            for step in range(start, steps):
-                waited = reader.waiting_seconds
-                batch = reader.batch(step)
-                state, terms = step_fn(state, batch[tap], batch[target])
-                shown = _shown(terms, step) if (step + 1) % _LOG_EVERY_STEPS == 0 or step + 1 == steps else {}
-                size = sum(rows_BD.nbytes for rows_BD in batch.values())
-                bar.advance(config.batch_rows, bytes=size, waiting_seconds=reader.waiting_seconds - waited, **shown)
-                if stop.requested or (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == steps:
-                    saves.save(step + 1, state)
-                if stop.requested and step + 1 < steps:
-                    saves.close()
-                    stop.raise_if_requested()
-        saves.close()
+        with reader, TrainingState(output.folder) as saves:
+            start, state = saves.restore(state) or (0, state)
+            total, done = steps * config.batch_rows, start * config.batch_rows
+            with progress("training", total, "rows", done=done, log=output.metrics) as bar:
+                for step in range(start, steps):
+                    waited = reader.waiting_seconds
+                    batch = reader.batch(step)
+                    state, terms = step_fn(state, batch[tap], batch[target])
+                    shown = _shown(terms, step) if (step + 1) % _LOG_EVERY_STEPS == 0 or step + 1 == steps else {}
+                    size = sum(rows_BD.nbytes for rows_BD in batch.values())
+                    bar.advance(config.batch_rows, bytes=size, waiting_seconds=reader.waiting_seconds - waited, **shown)
+                    if stop.requested or (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == steps:
+                        saves.save(step + 1, state)
+                    if step + 1 < steps:
+                        stop.raise_if_requested()
         write_sae(output.folder, _exported(config, store, variant, state, scales, taps))
         return _finish(output, variant, config, state, terms if start < steps else None)
 

@@ -112,7 +112,7 @@ class TestLocal:
         first = make("first", {"b.json": "1", "sub/a.json": "2"})
         assert make("copy", {"sub/a.json": "2", "b.json": "1", ".git/x": "y", "sub/.hidden": ""}) == first
         assert make("renamed", {"b.json": "1", "sub/c.json": "2"}) != first
-        assert make("moved", {"b.json": "1", "a.json": "2"}) != first
+        assert make("moved", {"b.json": "1", "other/a.json": "2"}) != first
         assert make("changed", {"b.json": "1", "sub/a.json": "3"}) != first
 
     def test_what_cannot_be_used_is_refused(self, file, tmp_path, monkeypatch):

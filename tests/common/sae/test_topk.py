@@ -42,17 +42,7 @@ def test_auxiliary_loss_revives_dead_latents(
     assert (dead[-1] < 0.2) == revives, dead[::50]
 
 
-def test_rows_since_a_latent_fired_are_counted(toy_rows: Callable[..., jax.Array]) -> None:
-    x_BD = toy_rows(0, 64)
-    optimiser = adam(0.0, 10)
-    step = jax.jit(make_step(TOPK, optimiser, 128))
-    state = init_state(start_with_dead_latents(x_BD), optimiser)
-    fired_F = np.asarray((TOPK.encode(state.params, x_BD) > 0).any(axis=0))
-    assert 0 < fired_F.sum() < TOPK.latents
-    for done in (1, 2, 3):
-        state, terms = step(state, x_BD, x_BD)
-        np.testing.assert_array_equal(state.tokens_since_fired_F, np.where(fired_F, 0, 64 * done))
-        assert float(terms.dead_fraction) == pytest.approx(np.mean(~fired_F) if done == 3 else 0.0)
+value_and_gradients = jax.jit(jax.value_and_grad(TOPK.loss, has_aux=True))
 
 
 @pytest.mark.parametrize("rows", ["constant", "perfect"])
@@ -68,11 +58,7 @@ def test_no_variance_gives_no_nan(rows: str) -> None:
             "b_dec_D": jnp.zeros(16),
         }
     dead_F = jnp.arange(48) < 24
-
-    def loss(params: Params) -> jax.Array:
-        return TOPK.loss(params, x_BD, x_BD, dead_F)[0]
-
-    value, gradients = jax.value_and_grad(loss)(params)
+    (value, _), gradients = value_and_gradients(params, x_BD, x_BD, dead_F)
     assert np.isfinite(value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
@@ -81,9 +67,9 @@ def test_a_stride_reads_every_nth_row_for_the_auxiliary_loss(toy_rows: Callable[
     x_BD = toy_rows(0, 64)
     params = start_with_dead_latents(x_BD)
     dead_F = jnp.arange(48) < 24
-    strided = replace(TOPK, auxiliary_stride=4).loss(params, x_BD, x_BD, dead_F)[1]
-    subset = TOPK.loss(params, x_BD[::4], x_BD[::4], dead_F)[1]
-    every = TOPK.loss(params, x_BD, x_BD, dead_F)[1]
+    strided = jax.jit(replace(TOPK, auxiliary_stride=4).loss)(params, x_BD, x_BD, dead_F)[1]
+    loss = jax.jit(TOPK.loss)
+    subset, every = loss(params, x_BD[::4], x_BD[::4], dead_F)[1], loss(params, x_BD, x_BD, dead_F)[1]
     assert float(strided.auxiliary) == pytest.approx(float(subset.auxiliary), rel=1e-6)
     assert float(strided.auxiliary) != pytest.approx(float(every.auxiliary), rel=1e-3)
     assert float(strided.reconstruction) == float(every.reconstruction)
@@ -92,7 +78,7 @@ def test_a_stride_reads_every_nth_row_for_the_auxiliary_loss(toy_rows: Callable[
 def test_decoder_gradient_has_no_part_along_its_rows(toy_rows: Callable[..., jax.Array]) -> None:
     x_BD = toy_rows(0)
     params = start_with_dead_latents(x_BD)
-    gradients = jax.grad(lambda p: TOPK.loss(p, x_BD, x_BD, jnp.zeros(48, bool))[0])(params)
+    _, gradients = value_and_gradients(params, x_BD, x_BD, jnp.zeros(48, bool))
     projected_FD = np.asarray(TOPK.project_gradients(params, gradients)["w_dec_FD"], np.float64)
     w_dec_FD, gradient_FD = np.asarray(params["w_dec_FD"]), np.asarray(gradients["w_dec_FD"], np.float64)
     along_F = (gradient_FD * w_dec_FD).sum(axis=1)

@@ -1,0 +1,271 @@
+"""Killed at any moment, in any stage, a run is finished by the next one, to the same bytes, and nothing is done twice."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+# The child processes are forked from one process that has imported everything and computed nothing.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
+_PRELOAD = ("pytest", "orbax.checkpoint", "transformers", "saex_pipe.pipelines.console")
+_FOLDERS = {"tiny": ("corpus", "activations", "sae", "scores", "cache", "page"), "toy": ("activations", "sae", "scores")}
+_CHILD = """
+import os
+for stream, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(f"{folder}/{{name}}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+from saex_pipe.pipelines.cli import main
+main({arguments})
+"""
+
+
+class Chain:
+    """A chain, the place it writes to, and what an undisturbed run left there."""
+
+    def __init__(self, name, folder):
+        self.name, self.folder, self.out = name, folder, folder / "out"
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = ("toy", *tiny_run.TOY) if name == "toy" else (str(tiny_run.write_recipe(folder / "recipe")),)
+        self.arguments = ["run", *recipe, "--out", str(self.out)]
+        assert self.run() == 0, self.stderr()
+        self.seconds = {at: json.loads((self.out / at / "manifest.json").read_bytes())["timings"]["seconds"] for at in self.stages}
+        self.result = contents(self.out)
+        assert "sae/sae_weights.safetensors" in self.result
+        shutil.rmtree(self.out)
+
+    @property
+    def stages(self):
+        return _FOLDERS[self.name]
+
+    def start(self, *more, before=""):
+        script = before + _CHILD.format(folder=self.folder, arguments=[*self.arguments, *more])
+        process = _PROCESSES.Process(target=exec, args=(script, {}))
+        process.start()
+        return process
+
+    def run(self, *more):
+        process = self.start(*more)
+        process.join(120)
+        return process.exitcode
+
+    def start_and_reach(self, stage, seconds, *more):
+        """Start, and return after ``seconds`` in ``stage``, or earlier where the run ends earlier."""
+        mark, folder = stamp(self.out / stage / "started.json"), self.out / stage
+        process = self.start(*more)
+        while process.is_alive() and stamp(folder / "started.json") == mark and not (folder / "manifest.json").exists():
+            time.sleep(0.001)
+        process.join(seconds)
+        return process
+
+    def stderr(self):
+        return (self.folder / "stderr").read_text()
+
+
+def stamp(path):
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def contents(out):
+    """Every file of a run that must be the same however often it was killed."""
+    found = {}
+    for path in sorted(p for p in Path(out).rglob("*") if p.is_file()):
+        name, data = str(path.relative_to(out)), path.read_bytes()
+        if path.name == "manifest.json":
+            data = {key: value for key, value in json.loads(data).items() if key not in ("timings", "finished_at")}
+        if name.startswith("sae/state/"):
+            name, data = "/".join(name.split("/")[:3]), b""  # which checkpoints there are, not how Orbax packs them
+        if path.name != "metrics.jsonl":
+            found[name] = data
+    return found
+
+
+def finished(out):
+    """What is committed, and when: ledger entries, manifests, checkpoints."""
+    paths = [p for p in Path(out).rglob("*.json") if p.name == "manifest.json" or p.parent.name == "ledger"]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def check_kept(before, out, note):
+    after = finished(out)
+    assert {path: after.get(path) for path in before} == before, note
+    return after
+
+
+def check_result(chain, note):
+    result = contents(chain.out)
+    assert sorted(result) == sorted(chain.result), note
+    assert [name for name in result if result[name] != chain.result[name]] == [], note
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preload():
+    _PROCESSES.set_forkserver_preload([*_PRELOAD, *(f"saex_pipe.stages.{stage}.run" for stage in _STAGES)])
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory):
+    made = {}
+
+    def chain(name):
+        if name not in made:
+            made[name] = Chain(name, tmp_path_factory.mktemp(name))
+        shutil.rmtree(made[name].out, ignore_errors=True)
+        return made[name]
+
+    return chain
+
+
+@pytest.mark.parametrize(
+    ("seed", "moments"), [(0, 2), *(pytest.param(seed, 6, marks=pytest.mark.slow) for seed in range(1, 6))]
+)
+@pytest.mark.parametrize("name", ["tiny", "toy"])
+def test_killed_at_random_moments_in_every_stage(chains, name, seed, moments):
+    chain, chance = chains(name), random.Random(seed)
+    kept, killed, note = {}, [], ""
+    for stage in chain.stages:
+        for _ in range(moments):
+            seconds = chance.uniform(0, chain.seconds[stage])
+            process = chain.start_and_reach(stage, seconds)
+            process.kill()
+            process.join()
+            killed += [stage] * (process.exitcode == -signal.SIGKILL)
+            note = f"{name}, seed {seed}: last killed {seconds:.3f} s into {stage}"
+            assert process.exitcode in (-signal.SIGKILL, 0), note + chain.stderr()
+            kept = check_kept(kept, chain.out, note)
+    assert len({*killed}) >= len(chain.stages) - 1, "kills that came too late test nothing"
+    assert chain.run() == 0, note + chain.stderr()
+    check_kept(kept, chain.out, note)
+    check_result(chain, note)
+
+
+# Dies right after the first write of each object or shard that the file ``written`` does not name yet.
+_DIE_AFTER_EACH_WRITE = """
+import os, signal, sys
+from saex_pipe.common.formats.folder import Folder
+written = set(open({written!r}).read().splitlines())
+def dying(write, name_of):
+    def write_and_die(*arguments, **options):
+        write(*arguments, **options)
+        if (name := name_of(*arguments)) not in written:
+            with open({written!r}, "a") as file:
+                print(name, file=file)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write_and_die
+Folder.write = dying(Folder.write, lambda folder, name, data: folder.uri + "/" + name)
+for module in [module for name, module in sys.modules.items() if name.startswith("saex_pipe.")]:
+    if hasattr(module, "write_windows"):
+        module.write_windows = dying(module.write_windows, lambda array, windows, values: array.kvstore.url + str(windows))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "fewest"),
+    [
+        ("toy", "toy", 9),
+        ("tiny", "corpus", 10),
+        *(
+            pytest.param("tiny", stage, fewest, marks=pytest.mark.slow)
+            for stage, fewest in {"harvest": 33, "train": 5, "evaluate": 4, "cache": 10, "view": 3}.items()
+        ),
+    ],
+)
+def test_killed_after_every_single_write(chains, name, stage, fewest, tmp_path):
+    chain, written, kept = chains(name), tmp_path / "written", {}
+    written.touch()
+    if stage not in ("toy", "corpus"):
+        for earlier in ("corpus", "harvest", "train", "evaluate", "cache", "view"):
+            if earlier == stage:
+                break
+            assert chain.run("--only", earlier) == 0, chain.stderr()
+    before = _DIE_AFTER_EACH_WRITE.format(written=str(written))
+    kills = 0
+    while True:
+        process = chain.start("--only", stage, before=before)
+        process.join(120)
+        note = f"killed after writing {written.read_text().splitlines()[-1]}"
+        kept = check_kept(kept, chain.out, note)
+        if process.exitcode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert process.exitcode == 0, note + chain.stderr()
+    assert kills >= fewest
+    assert chain.run() == 0, chain.stderr()
+    check_result(chain, f"{stage} killed after each of {kills} writes")
+
+
+# Dies right after operation number ``left`` on a folder as a whole: renaming it, or deleting what is in it.
+_DIE_DURING_REPLACEMENT = """
+import os, signal
+left = {left}
+def dying(operation):
+    def count_and_die(*arguments, **options):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return operation(*arguments, **options)
+    return count_and_die
+os.rename, os.unlink, os.rmdir = dying(os.rename), dying(os.unlink), dying(os.rmdir)
+"""
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 4, 12])
+def test_killed_while_a_forced_result_replaces_the_old_one(chains, left):
+    chain = chains("toy")
+    assert chain.run("--only", "toy", "--set", "toy.seed=1") == 0
+    old = contents(chain.out)
+    process = chain.start("--only", "toy", "--force", before=_DIE_DURING_REPLACEMENT.format(left=left))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, chain.stderr()
+    new = {name: data for name, data in chain.result.items() if name.startswith("activations/")}
+    assert [half for half in (old, new) if half.items() <= contents_of_any_name(chain.out).items()], "a whole result stays"
+    assert chain.run("--only", "toy") == 0 if left else chain.run("--only", "toy", "--force") == 0, chain.stderr()
+    assert contents(chain.out) == new
+
+
+def contents_of_any_name(out):
+    """What is in ``out``, with a folder NAME.new or NAME.old counted as NAME where it is whole."""
+    folders = [path for path in Path(out).iterdir() if (path / "manifest.json").exists()]
+    return {f"activations/{name}": data for folder in folders for name, data in contents(folder).items()}
+
+
+def test_an_interrupted_replacement_does_not_lose_the_old_result(chains):
+    chain = chains("toy")
+    assert chain.run("--only", "toy") == 0
+    kept = finished(chain.out)
+    process = chain.start("--only", "toy", "--force", "--set", "toy.seed=1", before=_DIE_DURING_REPLACEMENT.format(left=1))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, chain.stderr()
+    assert chain.run("--only", "toy") == 0, chain.stderr()
+    check_kept(kept, chain.out, "the old settings again")
+
+
+@pytest.mark.parametrize(
+    ("sign", "status", "line"),
+    [
+        (signal.SIGTERM, 75, "stopped by SIGTERM with everything finished committed; run the same command again"),
+        (signal.SIGINT, 130, "interrupted; what was finished is kept, run the same command again to go on"),
+    ],
+)
+def test_asked_to_stop_in_every_stage(chains, sign, status, line):
+    chain, kept = chains("tiny"), {}
+    for stage in chain.stages:
+        process = chain.start_and_reach(stage, 0.5 * chain.seconds[stage])
+        os.kill(process.pid, sign)
+        process.join(60)
+        progress = [text for text in chain.stderr().splitlines() if " s left" not in text]
+        assert (process.exitcode, progress) == (status, [f"saex-pipe: {line}"]), stage
+        kept = check_kept(kept, chain.out, stage)
+    assert chain.run() == 0, chain.stderr()
+    check_kept(kept, chain.out, line)
+    check_result(chain, line)

@@ -1,0 +1,110 @@
+"""Scores through the model against a direct computation; transcoders; the toy's match is tested in common/sae."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.formats.checkpoint import read_sae
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.tokens import TokenStore
+from saex_pipe.common.llm.decoder import apply
+from saex_pipe.common.llm.load import load_model
+from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.saelens import from_saelens
+from saex_pipe.pipelines import chain
+
+PAIR = ("blocks.1.mlp_in", "blocks.1.mlp_out")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def recipe(place):
+    recipe = chain.load_recipe(str(tiny_run.write_recipe(place / "recipe")))
+    return chain.with_assignments(
+        recipe,
+        [
+            f'harvest.taps=["{tiny_run.TAP}", "{PAIR[0]}", "{PAIR[1]}"]',
+            f"train.tap={tiny_run.TAP}",
+            "harvest.compute_dtype=float32",
+            "evaluate.compute_dtype=float32",
+            "evaluate.max_tokens=320",
+            "train.rows=5120",
+        ],
+    )
+
+
+def scores_of(recipe, out):
+    list(chain.run_chain(recipe, str(out), stages=("corpus", "harvest", "train", "evaluate")))
+    return json.loads(Folder(f"{out}/scores").read("scores.json"))
+
+
+def direct(place, out, target):
+    """Cross-entropies, KL and FVU from three full passes and dense logits, in float64."""
+    corpus = TokenStore(f"{out}/corpus")
+    windows = range(corpus.info.train_windows, corpus.info.windows)[:10]
+    tokens_NL = corpus.tokens(windows)
+    model = load_model(place / "recipe" / "model", dtype="float32")
+    saved = read_sae(f"{out}/sae")
+    sae = Sae(*from_saelens(saved.cfg, saved.tensors))
+    tap = saved.saex["tap"]
+    policy = saved.saex["row_policy"]
+    found = {}
+    with jax.default_matmul_precision("highest"):
+        taps = tuple(dict.fromkeys((tap, target)))
+        clean = apply(model, tokens_NL, taps=taps)
+        keep_NL = ~np.isin(tokens_NL, policy["special_ids"])
+        keep_NL[:, policy["positions"]] = False
+        for name, limit in policy["norm_limits"].items():
+            if name in clean.taps:
+                keep_NL &= np.linalg.norm(np.asarray(clean.taps[name]), axis=-1) <= limit
+        recon_NLD = sae.reconstruct(clean.taps[tap])
+        for name, new_NLD in (("sae", recon_NLD), ("zero", jnp.zeros_like(recon_NLD))):
+            edit = {target: lambda value, _, new=new_NLD: jnp.where(jnp.asarray(keep_NL)[..., None], new, value)}
+            found[name] = np.asarray(apply(model, tokens_NL, edits=edit).logits_NLV, np.float64)
+    found["clean"] = np.asarray(clean.logits_NLV, np.float64)
+    log_p = {name: x - np.log(np.exp(x).sum(-1, keepdims=True)) for name, x in found.items()}
+    ce = {n: -np.take_along_axis(p[:, :-1], tokens_NL[:, 1:, None], -1).mean() for n, p in log_p.items()}
+    kl = (np.exp(log_p["clean"]) * (log_p["clean"] - log_p["sae"])).sum(-1)[:, :-1].mean()
+    rows_BD, recon_BD = (np.asarray(a, np.float64)[keep_NL] for a in (clean.taps[target], recon_NLD))
+    fvu = np.square(rows_BD - recon_BD).sum() / np.square(rows_BD - rows_BD.mean(0)).sum()
+    return ce, kl, fvu, keep_NL.sum()
+
+
+@pytest.mark.parametrize("transcoder", [False, True])
+def test_scores_equal_a_direct_computation(place, recipe, transcoder):
+    changes = [f"train.tap={PAIR[0]}", f"train.target_tap={PAIR[1]}"] if transcoder else []
+    out = place / f"run-{transcoder}"
+    scores = scores_of(chain.with_assignments(recipe, changes), out)
+    ce, kl, fvu, rows = direct(place, out, PAIR[1] if transcoder else tiny_run.TAP)
+    assert scores["rows"] == rows
+    assert scores["l0"] == pytest.approx(4, abs=0.1)
+    for name in ("clean", "sae", "zero"):
+        assert scores[f"ce_{name}"] == pytest.approx(ce[name], rel=1e-5), name
+    assert scores["kl"] == pytest.approx(kl, rel=1e-3)
+    assert scores["fvu"] == pytest.approx(fvu, rel=1e-4)
+    expected = (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"])
+    assert scores["ce_recovered"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_store_without_held_out_windows_is_refused(recipe, tmp_path):
+    bare = chain.with_assignments(recipe, ["corpus.holdout_fraction=0", "train.rows=512"])
+    with pytest.raises(InputError, match="has 0 held-out windows"):
+        scores_of(bare, tmp_path / "out")
+    assert not (tmp_path / "out" / "scores").exists()
+
+
+def test_an_sae_of_another_width_is_refused(place, recipe, tmp_path):
+    scores_of(recipe, place / "run-False")
+    other = chain.with_assignments(recipe, ["evaluate.tap=blocks.99.resid_pre"])
+    config = chain.configure(other, "evaluate", str(place / "run-False")).model_copy(update={"out": str(tmp_path / "s")})
+    with pytest.raises(InputError, match="the model has no tap 'blocks.99.resid_pre'"):
+        chain.run_stage(config, force=False)

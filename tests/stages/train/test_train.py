@@ -1,0 +1,120 @@
+"""The train stage on a toy store: resuming, units, transcoders, what is saved."""
+
+import json
+
+import numpy as np
+import pytest
+
+from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.formats.activations import ActivationStore
+from saex_pipe.common.formats.checkpoint import SAE_FILES, read_sae
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.saelens import from_saelens
+from saex_pipe.stages.toy import run as toy
+from saex_pipe.stages.toy.config import Config as ToyConfig
+from saex_pipe.stages.train import run as train
+from saex_pipe.stages.train.config import Config
+
+SETTINGS = {"latents": 32, "k": 2, "batch_rows": 128, "rows": 128 * 60, "compute_dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("toy") / "activations")
+    toy.run(ToyConfig(out=out, latents=24, width=12, active=2.0, rows=8192))
+    return out
+
+
+def run(store, out, **changes):
+    return train.run(Config.create({"store": store, "out": str(out)} | SETTINGS | changes))
+
+
+def sae_bytes(out):
+    return {name: Folder(str(out)).read(name) for name in SAE_FILES}
+
+
+class Interrupted(BaseException):
+    """Stands for a kill: nothing in the code under test catches it."""
+
+
+@pytest.mark.parametrize("moments", [(3,), (25, 26), (20, 40, 59)])
+def test_a_killed_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch, moments):
+    run(store, tmp_path / "whole")
+    undisturbed = RowReader.batch
+    for moment in moments:
+
+        def batch(self, step, moment=moment):
+            if step == moment:
+                raise Interrupted
+            return undisturbed(self, step)
+
+        monkeypatch.setattr(RowReader, "batch", batch)
+        with pytest.raises(Interrupted):
+            run(store, tmp_path / "killed", checkpoint_every_steps=10)
+    seen = []
+    monkeypatch.setattr(RowReader, "batch", lambda self, step: seen.append(step) or undisturbed(self, step))
+    run(store, tmp_path / "killed", checkpoint_every_steps=10)
+    assert seen[0] == moments[-1] // 10 * 10, "only the steps since the last checkpoint are done again"
+    assert sae_bytes(tmp_path / "killed") == sae_bytes(tmp_path / "whole")
+
+
+def test_a_saved_sae_takes_raw_activations(store, tmp_path):
+    manifest = run(store, tmp_path)
+    saved = read_sae(str(tmp_path))
+    source = ActivationStore(store, ("toy",))
+    rows_BD = source.acts("toy", range(4)).reshape(-1, 12)
+    sae = Sae(*from_saelens(saved.cfg, saved.tensors))
+    recon_BD = np.asarray(sae.reconstruct(rows_BD))
+    fvu = np.square(rows_BD - recon_BD).sum() / np.square(rows_BD - rows_BD.mean(0)).sum()
+    assert fvu == pytest.approx(manifest.contents["last_step"]["fvu"], abs=0.1)
+    assert fvu < 0.6
+    assert saved.saex["normalisation"]["input_scale"] != pytest.approx(1, rel=0.1), "the toy's rows are not of unit scale"
+
+
+def test_normalisation_only_changes_the_units_of_training(store, tmp_path):
+    """Scaling the learning problem and folding back must not change what a converged encoder sees as its input."""
+    run(store, tmp_path / "a", normalise="none")
+    assert read_sae(str(tmp_path / "a")).saex["normalisation"] == {"input_scale": 1.0, "output_scale": 1.0}
+
+
+def test_a_relu_is_trained_and_sparser_with_a_larger_coefficient(store, tmp_path):
+    found = {}
+    for coefficient in (0.1, 3.0):
+        out = tmp_path / str(coefficient)
+        manifest = run(store, out, variant="relu", k=None, sparsity_coefficient=coefficient, learning_rate=3e-3)
+        found[coefficient] = manifest.contents["last_step"]["l0"]
+    assert found[3.0] < found[0.1]
+
+
+def test_the_log_holds_the_loss_and_units(store, tmp_path):
+    run(store, tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert events[-1]["rows"] == SETTINGS["rows"]
+    assert {"loss", "l0", "fvu", "rows_per_second", "bytes_per_second", "waiting_seconds", "step"} <= events[-1].keys()
+    assert events[-1]["l0"] == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expansion": 2.0}, "train.latents = 32 and train.expansion = 2.0; set exactly one of the two"),
+        ({"k": 33}, "k = 33 is outside 1 to 32"),
+        ({"tap": "nose"}, "no tap 'nose'; it holds toy"),
+        ({"target_tap": "nose"}, "no tap 'nose'; it holds toy"),
+        ({"variant": "topkk"}, "'topkk' is unknown; did you mean topk?"),
+        ({"batch_rows": 10_000}, "fewer than one batch of 10,000"),
+        ({"pool_bytes": 100}, "train.pool_bytes = 100 does not hold"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(store, tmp_path, changes, message):
+    with pytest.raises(InputError) as caught:
+        run(store, tmp_path / "sae", **changes)
+    assert message in str(caught.value)
+    assert not (tmp_path / "sae").exists()
+
+
+def test_divergence_stops_the_run_with_the_step(store, tmp_path):
+    with pytest.raises(SaexError, match=r"the loss is (nan|inf) at step \d+: training has diverged; lower"):
+        run(store, tmp_path, variant="relu", k=None, sparsity_coefficient=0.1, learning_rate=1e30)
