@@ -16,6 +16,7 @@ def build(
     k: int | None = None,
     sparsity_coefficient: float | None = None,
     transcoder: bool = False,
+    auxiliary_stride: int = 1,
 ) -> Variant:
     """The variant of that name.
 
@@ -25,6 +26,7 @@ def build(
         k: active latents per row, of ``topk`` only, 1 to ``latents``.
         sparsity_coefficient: weight of the sparsity penalty, of ``relu`` only, at least 0.
         transcoder: input and target are different activations.
+        auxiliary_stride: the auxiliary loss of ``topk`` reads every n-th row, at least 1; ``relu`` has none.
 
     Raises:
         InputError: a value is unknown, missing, out of range or not of this variant.
@@ -42,7 +44,9 @@ def build(
             raise InputError("topk needs k, the number of active latents per row", f"set k, 1 to {latents}")
         if not 1 <= k <= latents:
             raise InputError(f"k = {k} is outside 1 to {latents} (latents)", "lower k or raise latents")
-        return TopK(latents=latents, k=k, transcoder=transcoder)
+        if auxiliary_stride < 1:
+            raise InputError(f"auxiliary_stride = {auxiliary_stride} is below 1", "set it to 1 for every row")
+        return TopK(latents=latents, k=k, transcoder=transcoder, auxiliary_stride=auxiliary_stride)
     if k is not None:
         raise InputError(f"relu takes no k (got {k})", "set sparsity_coefficient instead, or variant = topk")
     if sparsity_coefficient is None:

@@ -14,12 +14,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from saex_pipe.common.sae.contract import ComputeDtype, DataStats, Params, Variant
+from saex_pipe.common.sae.host_memory import keep_freed_memory
 from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.select import top_k
@@ -82,8 +84,9 @@ def cases(rows: int, width: int, latents: int, k: int, compute_dtype: ComputeDty
     select = jax.jit(lambda z: top_k(z, k))
     decode = jax.jit(decode_active)
     decode_gradient = jax.jit(lambda a, w, out: jax.vjp(decode_active, a, w)[1](out)[1])
+    strided = replace(topk, auxiliary_stride=8)
     half_dead_F = jnp.arange(latents) % 2 == 0
-    gradient = jax.jit(jax.grad(lambda p, dead_F: topk.loss(p, x_BD, x_BD, dead_F, compute_dtype)[0]))
+    gradient = jax.jit(jax.grad(lambda p, dead_F: strided.loss(p, x_BD, x_BD, dead_F, compute_dtype)[0]))
     yield Case("topk step", whole_step(topk, params, x_BD, compute_dtype), dense + 4 * sparse)
     yield Case("relu step", whole_step(relu, relu.init(jax.random.key(1), stats), x_BD, compute_dtype), 5 * dense)
     yield Case("topk: encoder matmul", lambda: product(x_BD, params["w_enc_DF"]), dense)
@@ -92,7 +95,7 @@ def cases(rows: int, width: int, latents: int, k: int, compute_dtype: ComputeDty
     yield Case("topk: decoder weight gradient", lambda: decode_gradient(active, params["w_dec_FD"], x_BD), sparse)
     yield Case("topk: update", update_only(topk, params), 0)
     yield Case("topk: loss and gradients", lambda: gradient(params, jnp.zeros(latents, bool)), dense + 4 * sparse)
-    yield Case("topk: loss and gradients, half of the latents dead", lambda: gradient(params, half_dead_F), 0)
+    yield Case("topk: loss and gradients, half of the latents dead, stride 8", lambda: gradient(params, half_dead_F), 0)
 
 
 def main() -> None:
@@ -103,6 +106,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
     arguments = parser.parse_args()
+    keep_freed_memory()
     shape = f"B={arguments.rows} D={arguments.width} F={arguments.latents} K={arguments.k}"
     compute_dtypes: list[ComputeDtype] = ["bfloat16"] if arguments.quick else ["bfloat16", "float32"]
     for compute_dtype in compute_dtypes:

@@ -38,8 +38,8 @@ def test_gguf_tokenizer_round_trip(smollm2):
     assert smollm2.special_ids == frozenset(range(17))
 
 
-def test_ids_are_those_of_the_original_tokenizer(smollm2):
-    """Digits stand alone, and the blanks before them do not join a digit."""
+def test_text_is_split_by_the_rule_that_the_file_names(smollm2):
+    """llama.cpp's rule "smollm": every digit by itself, so that no blank joins a digit; not so with GPT-2's."""
     ids = smollm2.encode_batch(["in  1984 (a)", "<|im_start|>user"])
     pieces = [smollm2.token_text(number) for number in ids[0]]
     assert pieces == ["in", "  ", "1", "9", "8", "4", " (", "a", ")"]

@@ -24,12 +24,12 @@ def start_with_dead_latents(rows_BD: jax.Array) -> Params:
     return {**params, "b_enc_F": jnp.where(jnp.arange(TOPK.latents) < TOPK.latents // 2, -3.0, 0.0)}
 
 
-@pytest.mark.parametrize(("coefficient", "revives"), [(1 / 32, True), (0.0, False)])
+@pytest.mark.parametrize(("coefficient", "stride", "revives"), [(1 / 32, 1, True), (1 / 32, 8, True), (0.0, 1, False)])
 def test_auxiliary_loss_revives_dead_latents(
-    coefficient: float, revives: bool, toy_rows: Callable[..., jax.Array]
+    coefficient: float, stride: int, revives: bool, toy_rows: Callable[..., jax.Array]
 ) -> None:
     optimiser = adam(1e-2, 1000)
-    variant = replace(TOPK, auxiliary_coefficient=coefficient)
+    variant = replace(TOPK, auxiliary_coefficient=coefficient, auxiliary_stride=stride)
     step = jax.jit(make_step(variant, optimiser, DEAD_AFTER_ROWS), donate_argnums=0)
     batches = [toy_rows(seed, 128) for seed in range(4)]
     state = init_state(start_with_dead_latents(batches[0]), optimiser)

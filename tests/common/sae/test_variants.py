@@ -13,6 +13,7 @@ from saex_pipe.common.sae.variants import build
 def test_build() -> None:
     assert build("topk", 64, k=8) == TopK(latents=64, k=8)
     assert build("topk", 64, k=64, transcoder=True) == TopK(latents=64, k=64, transcoder=True)
+    assert build("topk", 64, k=8, auxiliary_stride=4) == TopK(latents=64, k=8, auxiliary_stride=4)
     assert build("relu", 64, sparsity_coefficient=5.0) == Relu(latents=64, sparsity_coefficient=5.0)
 
 
@@ -26,6 +27,7 @@ def test_build() -> None:
         ({"variant_name": "topk", "k": 0}, "k = 0 is outside 1 to 64"),
         ({"variant_name": "topk", "k": 65}, "k = 65 is outside 1 to 64"),
         ({"variant_name": "topk", "k": 8, "sparsity_coefficient": 5.0}, "topk takes no sparsity_coefficient"),
+        ({"variant_name": "topk", "k": 8, "auxiliary_stride": 0}, "auxiliary_stride = 0 is below 1"),
         ({"variant_name": "relu", "k": 8}, "relu takes no k"),
         ({"variant_name": "relu"}, "relu needs sparsity_coefficient"),
         ({"variant_name": "relu", "sparsity_coefficient": -1.0}, "sparsity_coefficient = -1.0 is below 0"),
