@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_origin
 
 import pydantic
+
 from saex_pipe.common.errors import InputError
 
 
@@ -75,6 +76,11 @@ class StageConfig(pydantic.BaseModel):
     def marked(cls, mark: type[Upstream] | type[Resource]) -> list[str]:
         """Names of the fields annotated with ``mark``."""
         return [name for name, field in cls.model_fields.items() if any(isinstance(m, mark) for m in field.metadata)]
+
+    @property
+    def runs_when_finished(self) -> bool:
+        """Whether the stage has something to do even where its result stands already."""
+        return False
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that change the result and are not URIs, as JSON values."""

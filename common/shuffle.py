@@ -7,6 +7,7 @@ g % lanes, so that every batch draws from all lanes. Hence every kept row comes 
 whatever the number of hosts, and any step is found without replaying the ones before it.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -104,7 +105,7 @@ class RowOrder:
         start, stop = self._lane_start(lane), self._lane_start(lane + 1)
         number = max(1, -(-(stop - start) // self.pool_rows))
         cuts = [start + (stop - start) * i // number for i in range(number + 1)]
-        return [Pool(epoch, a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [Pool(epoch, a, b) for a, b in itertools.pairwise(cuts)]
 
     def _stream(self, epoch: int) -> tuple[Int64[np.ndarray, " chunks"], Int64[np.ndarray, " chunks"]]:
         """The chunks in the order of ``epoch``, and the stream position at which each one ends."""

@@ -15,7 +15,7 @@ from typing import Any
 from saex_pipe.common.config import StageConfig, Upstream, canonical_digest, comma_list, parse_assignment
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder
-from saex_pipe.common.formats.manifest import Manifest, fingerprint
+from saex_pipe.common.formats.manifest import Manifest, fingerprint, finished_output
 
 # In the order in which they can run. The configuration is light to import; what runs it is not.
 STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
@@ -45,7 +45,9 @@ def load_recipe(name: str) -> Recipe:
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{name} cannot be read ({error.strerror})", "give a TOML file or the name of a recipe") from None
+            raise InputError(
+                f"{name} cannot be read ({error.strerror})", "give a TOML file or the name of a recipe"
+            ) from None
         except UnicodeDecodeError:
             raise InputError(f"{name} is not a text file", "give a TOML file or the name of a recipe") from None
         stem = path.stem
@@ -54,7 +56,8 @@ def load_recipe(name: str) -> Recipe:
             near = difflib.get_close_matches(name, recipe_names(), n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(
-                f"there is no recipe {name!r}", f"{hint}recipes are {', '.join(recipe_names())}; a file must end in .toml"
+                f"there is no recipe {name!r}",
+                f"{hint}recipes are {', '.join(recipe_names())}; a file must end in .toml",
             )
         text, stem = _RECIPES.joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
     try:
@@ -68,7 +71,9 @@ def _recipe(name: str, table: dict[str, Any], text: str) -> Recipe:
     settings = {key: value for key, value in table.items() if isinstance(value, dict)}
     for key in table:
         if key not in (*STAGES, "title", "stages"):
-            raise InputError(f"recipe {name} has a key {key!r}", f"its keys are title, stages, and tables {', '.join(STAGES)}")
+            raise InputError(
+                f"recipe {name} has a key {key!r}", f"its keys are title, stages, and tables {', '.join(STAGES)}"
+            )
     stages = table.get("stages", [stage for stage in STAGES if stage in settings])
     for stage in stages:
         require_stage(stage)
@@ -88,11 +93,6 @@ def config_class(stage: str) -> type[StageConfig]:
     """The configuration class of a stage."""
     config: type[StageConfig] = importlib.import_module(f"saex_pipe.stages.{require_stage(stage)}.config").Config
     return config
-
-
-def run_stage(config: StageConfig, *, force: bool) -> Any:
-    """Run the stage that ``config`` belongs to."""
-    return importlib.import_module(f"saex_pipe.stages.{config.stage}.run").run(config, force=force)
 
 
 def with_assignments(recipe: Recipe, assignments: Sequence[str], stage: str | None = None) -> Recipe:
@@ -163,8 +163,16 @@ def run_chain(
                 config = elsewhere
         places[config.folder] = config.out
         if stage in stages:
-            ran = not is_up_to_date(config)
-            yield Finished(config, run_stage(config, force=force), ran)
+            yield finish_stage(config, force=force)
+
+
+def finish_stage(config: StageConfig, *, force: bool) -> Finished:
+    """Run the stage that ``config`` belongs to. What runs it is imported only where there is something to run."""
+    found = finished_output(config)
+    if found is not None and not config.runs_when_finished:
+        return Finished(config, found, ran=False)
+    run = importlib.import_module(f"saex_pipe.stages.{config.stage}.run").run
+    return Finished(config, run(config, force=force), ran=found is None)
 
 
 def is_up_to_date(config: StageConfig) -> bool:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saex_pipe.common.errors import SaexError
+from saex_pipe.common.preemption import graceful_stop
 
 if TYPE_CHECKING:
     from saex_pipe.pipelines.chain import Recipe
+
+_INTERRUPTED = 130  # the exit status after SIGINT, which Typer turns into a return value
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +28,9 @@ _RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE|FILE.toml", help
 _OptionalRecipe = Annotated[
     str | None, typer.Argument(metavar="[RECIPE|FILE.toml]", help="Name of a recipe, or a TOML file.")
 ]
-_Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+]
 _Out = Annotated[str | None, typer.Option(metavar="URI", help="Folder of the run  [default: runs/RECIPE]")]
 _Force = Annotated[bool, typer.Option("--force", help="Replace results of other settings.")]
 
@@ -55,7 +60,9 @@ def run(
     loaded = chain.with_assignments(chain.load_recipe(recipe), set_ or [])
     stages = _chosen(loaded, from_, only)
     finished = []
-    for stage in chain.run_chain(loaded, out or _default_out(loaded.name), stages=stages, upstream=upstream, force=force):
+    for stage in chain.run_chain(
+        loaded, out or _default_out(loaded.name), stages=stages, upstream=upstream, force=force
+    ):
         console.print_stage(stage)
         finished.append(stage)
     console.print_table(finished)
@@ -66,7 +73,9 @@ def _chosen(recipe: "Recipe", first: str | None, only: str | None) -> Sequence[s
 
     for stage in (first, only):
         if stage is not None and stage not in recipe.stages:
-            raise InputError(f"recipe {recipe.name} has no stage {stage!r}", f"its stages are {', '.join(recipe.stages)}")
+            raise InputError(
+                f"recipe {recipe.name} has no stage {stage!r}", f"its stages are {', '.join(recipe.stages)}"
+            )
     if only is not None:
         return [only]
     return recipe.stages[recipe.stages.index(first) :] if first is not None else recipe.stages
@@ -77,16 +86,13 @@ def _default_out(name: str) -> str:
 
 
 def _stage_command(stage: str, summary: str) -> Callable[..., None]:
-    def command(
-        recipe: _OptionalRecipe = None, set_: _Set = None, out: _Out = None, force: _Force = False
-    ) -> None:
+    def command(recipe: _OptionalRecipe = None, set_: _Set = None, out: _Out = None, force: _Force = False) -> None:
         from saex_pipe.pipelines import chain, console
 
         loaded = chain.load_recipe(recipe) if recipe is not None else chain.Recipe("custom", "", (), {}, "")
         loaded = chain.with_assignments(loaded, set_ or [], stage)
         config = chain.configure(loaded, stage, out or _default_out(loaded.name))
-        ran = not chain.is_up_to_date(config)
-        console.print_stage(chain.Finished(config, chain.run_stage(config, force=force), ran))
+        console.print_stage(chain.finish_stage(config, force=force))
 
     command.__doc__ = summary
     return command
@@ -137,11 +143,13 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
     """Turn what went wrong into one line and an exit status; with ``debug`` the traceback comes first."""
     try:
         yield
-    except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, run the same command again to go on", 130)
     except Exception as error:
         if debug:
             traceback.print_exc()
+        # Typer's own errors, whichever copy of click it carries.
+        if (usage := getattr(error, "format_message", None)) is not None:
+            path = getattr(getattr(error, "ctx", None), "command_path", "saex-pipe")
+            _fail(f"{usage().rstrip('.')}; '{path} --help' shows what there is", 2)
         known = _known_error(error)
         if known is not None:
             _fail(str(known), known.exit_status)
@@ -189,5 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     # Beam, JAX and TensorStore write informational lines to stderr that would break up the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with _one_line_errors("--debug" in arguments):
-        app(arguments)
+    with _one_line_errors("--debug" in arguments), graceful_stop(at_once=True, interrupts="leave"):
+        if app(arguments or ["--help"], prog_name="saex-pipe", standalone_mode=False) == _INTERRUPTED:
+            _fail("interrupted; what was finished is kept, run the same command again to go on", _INTERRUPTED)

@@ -90,7 +90,15 @@ def _state(uri: str, name: str) -> tuple[str, ...] | None:
     manifest = Manifest.read(folder)
     if manifest is not None:
         _, amount, _, size = _figures(manifest)
-        return name, manifest.stage, "finished", amount, size, manifest.finished_at.removesuffix("+00:00"), manifest.digest[:12]
+        return (
+            name,
+            manifest.stage,
+            "finished",
+            amount,
+            size,
+            manifest.finished_at.removesuffix("+00:00"),
+            manifest.digest[:12],
+        )
     started = folder.read(STARTED)
     if started is None:
         return None
@@ -104,7 +112,9 @@ def print_settings(config: type[StageConfig]) -> None:
     for name, field in config.model_fields.items():
         default = "required" if field.is_required() else json.dumps(field.default)
         unit = field_extra(config, name)["unit"]
-        limits = [repr(m).partition("(")[2].rstrip(")") for m in field.metadata if type(m).__module__ == "annotated_types"]
+        limits = [
+            repr(m).partition("(")[2].rstrip(")") for m in field.metadata if type(m).__module__ == "annotated_types"
+        ]
         facts = ", ".join(part for part in (_type(field.annotation), unit, *limits) if part)
         print(f"{name} = {default}  ({facts})\n    {field.description}")
 

@@ -12,7 +12,33 @@ from safetensors.numpy import save_file
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 400
 TAP = "blocks.2.resid_pre"
-WORDS = "the a of and to in is was it for on with as at by from this that peace war law river people union state".split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "was",
+    "it",
+    "for",
+    "on",
+    "with",
+    "as",
+    "at",
+    "by",
+    "from",
+    "this",
+    "that",
+    "peace",
+    "war",
+    "law",
+    "river",
+    "people",
+    "union",
+    "state",
+]
 
 
 def texts(number=40, words=220, seed=0):

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from jaxtyping import Bool, Float, Int32
+
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
@@ -100,7 +101,7 @@ class ActivationWriter:
                     "cannot hold; use --set harvest.store_dtype=bfloat16 or float32"
                 )
             entry["statistics"][tap] = ActivationStatistics.of_rows(rows_BD).to_json()
-            entry["crc32"][tap] = zlib.crc32(np.ascontiguousarray(acts_NLD).view(np.uint8))
+            entry["crc32"][tap] = zlib.crc32(np.ascontiguousarray(acts_NLD).view(np.uint8).data)
             write_windows(self._acts[tap], windows, acts_NLD)
         write_windows(self._tokens, windows, tokens_NL)
         write_windows(self._keep, windows, keep_NL)

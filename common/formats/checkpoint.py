@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder
 

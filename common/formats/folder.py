@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import tensorstore as ts
+
 from saex_pipe.common.errors import InputError, SaexError
 
 _SCHEMES = ("gs://", "s3://")

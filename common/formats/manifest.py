@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from saex_pipe.common import resources
@@ -182,8 +183,8 @@ def stage_output(config: StageConfig, *, force: bool = False) -> Iterator[StageO
     """
     fields = fingerprint(config)
     digest = canonical_digest(fields)
-    target, staging = Folder(config.out), Folder(f"{config.out.rstrip('/')}.new")
-    _complete_replacement(staging, target, digest)
+    target, staging = Folder(config.out), _staging(config)
+    _settle_replacement(staging, target, digest)
     found = _found(target)
     output = StageOutput(config, target, target, fields)
     if found is not None and canonical_digest(found) != digest:
@@ -209,6 +210,19 @@ def stage_output(config: StageConfig, *, force: bool = False) -> Iterator[StageO
     if output.folder is staging and output.manifest is not None:
         _replace(staging, target)
         output.folder = target
+
+
+def finished_output(config: StageConfig) -> Manifest | None:
+    """The manifest of ``config.out`` where it holds the result of this very configuration."""
+    digest = canonical_digest(fingerprint(config))
+    target = Folder(config.out)
+    _settle_replacement(_staging(config), target, digest)
+    manifest = Manifest.read(target)
+    return manifest if manifest is not None and manifest.digest == digest else None
+
+
+def _staging(config: StageConfig) -> Folder:
+    return Folder(f"{config.out.rstrip('/')}.new")
 
 
 def _discard_if_empty(folder: Folder) -> None:
@@ -243,11 +257,22 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:36]}...{text[-1]}"
 
 
-def _complete_replacement(staging: Folder, target: Folder, digest: str) -> None:
-    """Finish a replacement that was interrupted after its output was complete."""
+def _settle_replacement(staging: Folder, target: Folder, digest: str) -> None:
+    """Finish a replacement by the output ``digest`` that was interrupted after that was complete; undo any other."""
     manifest = Manifest.read(staging)
     if manifest is not None and manifest.digest == digest:
         _replace(staging, target)
+    local = target.local_path()
+    if local is not None and (grave := _grave(local)).exists():
+        if local.exists():
+            shutil.rmtree(grave)
+        else:
+            grave.rename(local)
+
+
+def _grave(local: Path) -> Path:
+    """Where the old output lies while the new one takes its place."""
+    return local.with_name(f"{local.name}.old")
 
 
 def _replace(staging: Folder, target: Folder) -> None:
@@ -256,9 +281,9 @@ def _replace(staging: Folder, target: Folder) -> None:
     """
     old, new = target.local_path(), staging.local_path()
     if old is not None and new is not None:
-        grave = old.with_name(f"{old.name}.old")
-        shutil.rmtree(grave, ignore_errors=True)
+        grave = _grave(old)
         if old.exists():
+            shutil.rmtree(grave, ignore_errors=True)
             old.rename(grave)
         new.rename(old)
         shutil.rmtree(grave, ignore_errors=True)

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float
+
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import DTYPES, ActivationStore
 from saex_pipe.common.shuffle import Pool, RowOrder

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
 

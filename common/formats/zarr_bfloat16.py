@@ -17,13 +17,13 @@ from zarr.core.dtype.wrapper import ZDType
 try:
     from zarr.errors import DataTypeValidationError
 except ImportError:  # zarr 3.1, the last for Python 3.11
-    from zarr.dtype import DataTypeValidationError
+    from zarr.dtype import DataTypeValidationError  # type: ignore[no-redef]
 
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BFloat16(ZDType, HasEndianness, HasItemSize):  # type: ignore[type-arg]
+class BFloat16(ZDType, HasEndianness, HasItemSize):
     """The Zarr v3 data type "bfloat16" as NumPy's ml_dtypes.bfloat16. Zarr v2 has no name for it."""
 
     dtype_cls = type(_NATIVE)

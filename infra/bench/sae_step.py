@@ -14,7 +14,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.select import top_k
 from saex_pipe.common.sae.sparse import ActiveCodes, decode_active
+from saex_pipe.common.sae.topk import TopK
 from saex_pipe.common.sae.train_step import init_state, make_step
 from saex_pipe.common.sae.variants import build
 
@@ -84,7 +84,7 @@ def cases(rows: int, width: int, latents: int, k: int, compute_dtype: ComputeDty
     select = jax.jit(lambda z: top_k(z, k))
     decode = jax.jit(decode_active)
     decode_gradient = jax.jit(lambda a, w, out: jax.vjp(decode_active, a, w)[1](out)[1])
-    strided = replace(topk, auxiliary_stride=8)
+    strided = TopK(latents=latents, k=k, auxiliary_stride=8)
     half_dead_F = jnp.arange(latents) % 2 == 0
     gradient = jax.jit(jax.grad(lambda p, dead_F: strided.loss(p, x_BD, x_BD, dead_F, compute_dtype)[0]))
     yield Case("topk step", whole_step(topk, params, x_BD, compute_dtype), dense + 4 * sparse)

@@ -41,7 +41,12 @@ def median_seconds(action: Callable[[], object], runs: int) -> float:
 
 def report(case: str, size: int, seconds: float, bound_seconds: float) -> None:
     value, bound = size / 1e6 / seconds, size / 1e6 / bound_seconds
-    figures = {"value": round(value, 1), "unit": "MB/s", "bound": round(bound, 1), "bound_fraction": round(value / bound, 3)}
+    figures = {
+        "value": round(value, 1),
+        "unit": "MB/s",
+        "bound": round(bound, 1),
+        "bound_fraction": round(value / bound, 3),
+    }
     print(json.dumps({"bench": "store", "case": case, **figures}), flush=True)
 
 
@@ -71,7 +76,10 @@ def measure(root: Path, runs: int, shards: int) -> None:
     def write_store() -> None:
         shutil.rmtree(root / "store", ignore_errors=True)
         writer = ActivationWriter(Folder(str(root / "store")), info)
-        ledger = {i: writer.write_shard(part, tokens_NL, keep_NL, {"tap": acts_NLD}) for i, part in enumerate(info.tiling.shards(windows))}
+        ledger = {
+            i: writer.write_shard(part, tokens_NL, keep_NL, {"tap": acts_NLD})
+            for i, part in enumerate(info.tiling.shards(windows))
+        }
         manifest = Manifest("harvest", 1, "", {}, {}, {}, {}, merged_contents(info, ledger), {}, {}, "")
         Folder(str(root / "store")).write("manifest.json", json.dumps(manifest.__dict__).encode())
 
@@ -82,7 +90,9 @@ def measure(root: Path, runs: int, shards: int) -> None:
                 file.flush()
                 os.fsync(file.fileno())
 
-    report("write with checksums and statistics", size, median_seconds(write_store, runs), median_seconds(write_raw, runs))
+    report(
+        "write with checksums and statistics", size, median_seconds(write_store, runs), median_seconds(write_raw, runs)
+    )
 
     store = ActivationStore(str(root / "store"), ("tap",))
     steps = store.rows // BATCH_ROWS
@@ -99,7 +109,9 @@ def measure(root: Path, runs: int, shards: int) -> None:
                 file.readinto(buffer)
 
     read = steps * BATCH_ROWS * WIDTH * 2
-    report("shuffled read, warm", read, median_seconds(read_shuffled, runs), median_seconds(read_raw, runs) * read / size)
+    report(
+        "shuffled read, warm", read, median_seconds(read_shuffled, runs), median_seconds(read_raw, runs) * read / size
+    )
 
 
 if __name__ == "__main__":

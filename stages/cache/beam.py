@@ -5,10 +5,11 @@ from functools import reduce
 
 import apache_beam as beam
 
+from saex_pipe.common.beam import stoppable
 from saex_pipe.stages.cache.summary import Summary, merge
 
 
-class MergeSummaries(beam.CombineFn):  # type: ignore[misc]
+class MergeSummaries(beam.CombineFn):
     """Merges the summaries of shards; the order does not matter (see ``summary``)."""
 
     def create_accumulator(self) -> Summary | None:
@@ -39,7 +40,7 @@ def summarise_shards(
             pipeline
             | "Shards" >> beam.Create(list(shards))
             | beam.Reshuffle()
-            | "Summarise" >> beam.Map(summarise)
+            | "Summarise" >> beam.Map(stoppable(summarise))
             | "Merge" >> beam.CombineGlobally(MergeSummaries())
             | "Write" >> beam.Map(write)
         )

@@ -33,9 +33,7 @@ class OutputTokens(NamedTuple):
         return OutputTokens(empty, empty, empty, empty)
 
 
-def output_tokens(
-    model: Path, w_dec_FD: Float32[np.ndarray, "F D"], number: int, tokenizer: Tokenizer
-) -> OutputTokens:
+def output_tokens(model: Path, w_dec_FD: Float32[np.ndarray, "F D"], number: int, tokenizer: Tokenizer) -> OutputTokens:
     """The ``number`` tokens at either end; none where the decoder does not write to the residual stream's width."""
     unembedding = load_unembedding(model)
     if unembedding.w_unembed_DV.shape[0] != w_dec_FD.shape[1]:
@@ -51,7 +49,7 @@ def output_tokens(
     for start in range(0, len(w_dec_FD), _FEATURES_AT_ONCE):
         rows_FD = w_dec_FD[start : start + _FEATURES_AT_ONCE]
         padded_FD = np.pad(rows_FD, ((0, _FEATURES_AT_ONCE - len(rows_FD)), (0, 0)))
-        found.append(jax.tree.map(lambda array, n=len(rows_FD): np.asarray(array)[:n], ends(padded_FD, w_DV)))
+        found.append([[np.asarray(array)[: len(rows_FD)] for array in end] for end in ends(padded_FD, w_DV)])
     (top, top_ids), (bottom, bottom_ids) = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
     texts = {int(i): tokenizer.token_text(int(i)) for i in np.unique([top_ids, bottom_ids])}
 

@@ -92,13 +92,15 @@ class CacheWork:
     def write_summary(self, summary: Summary | None) -> None:
         """Keep the merged summary."""
         assert summary is not None, "there is at least one shard"
-        arrays = {name: np.asarray(value) for name, value in summary._asdict().items() if not isinstance(value, Examples)}
+        arrays = {
+            name: np.asarray(value) for name, value in summary._asdict().items() if not isinstance(value, Examples)
+        }
         for name in ("strongest", "sample"):
             arrays |= {f"{name}_{field}": value for field, value in getattr(summary, name)._asdict().items()}
         Folder(self.out).write_arrays(_SUMMARY, arrays)
 
     def write_contexts(self, shard: int) -> None:
-        """Look up activations and tokens around every example that lies in one shard; token -1 is outside its window."""
+        """Look up activations and tokens around every example in one shard; token -1 is outside its window."""
         store, (chosen, codes) = self._open()[0], (self.chosen(shard), self.codes(shard))
         windows, length = self.shard_windows(shard), store.info.window_length
         keys_EC = chosen.key[:, None] + np.arange(-self.context, self.context + 1)
@@ -152,11 +154,15 @@ def read_summary(out: str, digest: str) -> Summary:
     """The merged summary; ``digest`` is that of the cache, so that another one at this place is read afresh."""
     arrays = Folder(out).read_arrays(_SUMMARY)
     assert arrays is not None, "the summary is written before it is read"
-    plain = {name: arrays[name] for name in ("count_F", "sum_F", "max_F", "histogram_FJ")}
-    examples = {
-        name: Examples(arrays[f"{name}_keys_FE"], arrays[f"{name}_values_FE"]) for name in ("strongest", "sample")
-    }
-    return Summary(rows=int(arrays["rows"]), **plain, **examples)
+    return Summary(
+        rows=int(arrays["rows"]),
+        count_F=arrays["count_F"],
+        sum_F=arrays["sum_F"],
+        max_F=arrays["max_F"],
+        histogram_FJ=arrays["histogram_FJ"],
+        strongest=Examples(arrays["strongest_keys_FE"], arrays["strongest_values_FE"]),
+        sample=Examples(arrays["sample_keys_FE"], arrays["sample_values_FE"]),
+    )
 
 
 @lru_cache(maxsize=1)

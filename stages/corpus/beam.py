@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import apache_beam as beam
 
+from saex_pipe.common.beam import stoppable
+
 
 def tokenise(
     sources: Sequence[int],
@@ -23,9 +25,9 @@ def tokenise(
             pipeline
             | "Sources" >> beam.Create(list(sources))
             | beam.Reshuffle()
-            | "ReadDocuments" >> beam.FlatMap(read)
+            | "ReadDocuments" >> beam.FlatMap(stoppable(read))
             | "GatherBatches" >> beam.GroupByKey()
-            | "TokeniseBatch" >> beam.MapTuple(in_order)
+            | "TokeniseBatch" >> beam.MapTuple(stoppable(in_order))
         )
 
     return build

@@ -25,7 +25,7 @@ class Config(StageConfig):
     packing: Literal["packed", "padded"] = setting(
         "packed",
         unit="",
-        meaning="packed: documents end to end with a separator; padded: a document starts a window, its last one is padded",
+        meaning="packed: documents end to end; padded: each starts a window, and its last one is padded",
     )
     holdout_fraction: float = setting(
         0.1, unit="fraction of windows", meaning="windows kept from training, of documents of their own", ge=0, lt=1

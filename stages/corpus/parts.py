@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int32, Int64
+
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.stages.corpus.packing import Layout
 
@@ -65,5 +66,5 @@ def read_layout(folder: Folder) -> Layout | None:
     arrays = folder.read_arrays(_LAYOUT)
     if arrays is None:
         return None
-    numbers = {name: int(arrays.pop(name)) for name in ("slots", "windows", "train_windows")}
-    return Layout(**arrays, **numbers)
+    slots, windows, train_windows = (int(arrays[name]) for name in ("slots", "windows", "train_windows"))
+    return Layout(arrays["documents"], arrays["starts"], arrays["stops"], slots, windows, train_windows)

@@ -3,14 +3,15 @@
 from functools import partial
 
 import numpy as np
+
 from saex_pipe.common import resources
+from saex_pipe.common.beam import for_each, run_pipeline
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
 from saex_pipe.common.formats.tokens import TokenStoreInfo, create_token_arrays
 from saex_pipe.common.llm.tokenizer import Tokenizer, load_tokenizer
 from saex_pipe.common.metrics_log import watched_progress
 from saex_pipe.common.preemption import graceful_stop
-from saex_pipe.common.beam import for_each, run_pipeline
 from saex_pipe.stages.corpus.beam import tokenise
 from saex_pipe.stages.corpus.config import Config
 from saex_pipe.stages.corpus.packing import Layout, Marks, lay_out

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
+
 from saex_pipe.common import resources
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import commit_shard
 from saex_pipe.common.formats.tokens import StoreShape, create_token_arrays, write_token_shard
 from saex_pipe.common.llm.tokenizer import Tokenizer, load_tokenizer
+from saex_pipe.common.preemption import raise_if_stopping
 from saex_pipe.stages.corpus.config import Config
 from saex_pipe.stages.corpus.packing import Layout, Marks, fill_windows
 from saex_pipe.stages.corpus.parts import (
@@ -46,19 +48,23 @@ class CorpusWork:
 
     def measure_source(self, source: int) -> None:
         """Write the document lengths of one source."""
-        texts = read_documents(self.config.source[source], self.config.text_field)
-        lengths = np.fromiter((len(text) for text in texts), np.int64)
+        lengths = np.fromiter((len(text) for text in self._texts(source)), np.int64)
         Folder(self.out).write_arrays(lengths_name(source), {"lengths": lengths})
 
     def read_source(self, source: int, wanted: frozenset[int]) -> Iterator[tuple[int, tuple[int, str]]]:
         """Yield ``(batch, (place, text))`` for the documents of one source that are in the batches ``wanted``."""
         order = _read_order(self.out, self.digest)
         places = np.argsort(order.documents)
-        for i, text in enumerate(read_documents(self.config.source[source], self.config.text_field)):
+        for i, text in enumerate(self._texts(source)):
             place = int(places[int(order.source_starts[source]) + i])
             batch = int(np.searchsorted(order.cuts, place, side="right")) - 1
             if batch in wanted:
                 yield batch, (place, text)
+
+    def _texts(self, source: int) -> Iterator[str]:
+        for text in read_documents(self.config.source[source], self.config.text_field):
+            raise_if_stopping()
+            yield text
 
     def tokenise_batch(self, batch: int, texts: list[str]) -> None:
         """Write the tokens of one batch of documents."""

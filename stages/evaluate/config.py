@@ -12,7 +12,9 @@ class Config(StageConfig):
     folder: ClassVar[str] = "scores"
 
     sae: Annotated[str, Upstream("sae")] = setting(unit="URI", meaning="SAE to score")
-    model: Annotated[str | None, Resource()] = setting(None, unit="URI", meaning="language model to splice the SAE into")
+    model: Annotated[str | None, Resource()] = setting(
+        None, unit="URI", meaning="language model to splice the SAE into"
+    )
     tokens: Annotated[str | None, Upstream("corpus", only_with=("corpus",))] = setting(
         None, unit="URI", meaning="token store whose held-out windows are used"
     )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from saex_pipe.common import resources
@@ -49,7 +50,8 @@ def _sae(saved: SavedSae, config: Config) -> Sae:
 
 def _on_text(config: Config, output: StageOutput, saved: SavedSae, stop: StopRequest) -> dict[str, Any]:
     """Reconstruction, cross-entropy and divergence on held-out windows of text."""
-    assert config.model is not None and config.tokens is not None
+    assert config.model is not None
+    assert config.tokens is not None
     corpus = TokenStore(config.tokens)
     windows = range(corpus.info.train_windows, corpus.info.windows)
     windows = windows[: config.max_tokens // corpus.info.window_length]
@@ -74,7 +76,7 @@ def _on_text(config: Config, output: StageOutput, saved: SavedSae, stop: StopReq
             missing = config.batch_windows - len(part)  # the last batch is filled up, so that it compiles once
             tokens_NL = np.pad(tokens_NL, ((0, missing), (0, 0)))
             padding_NL = np.pad(padding_NL, ((0, missing), (0, 0)), constant_values=True)
-            resid_NLD, found = capture(model, tokens_NL)
+            resid_NLD, found = capture(model, jnp.asarray(tokens_NL))
             keep_NL = keep_rows(policy, tokens_NL, padding_NL, found)
             scores = score(model, sae, tokens_NL, resid_NLD, found, keep_NL)
             sums = add_batch(sums, scores, keep_NL, padding_NL)

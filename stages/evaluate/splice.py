@@ -4,7 +4,7 @@ Only tokens that are rows (``row_policy``) are replaced: the SAE was never train
 attention sinks, and replacing a sink by anything breaks the model. The blocks below the tap run once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.cross_entropy import next_token_losses
-from saex_pipe.common.llm.decoder import apply
+from saex_pipe.common.llm.decoder import Edit, apply
 from saex_pipe.common.llm.params import LanguageModel
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.scores import Reconstruction
@@ -69,21 +69,22 @@ def make_scorer(taps: Taps, base: str) -> Callable[..., BatchScores]:
         recon_NLD = sae.reconstruct(found[taps.tap])
         codes = sae.codes_sparse(found[taps.tap].reshape(-1, found[taps.tap].shape[-1]))
 
-        def final(replacement_NLD: Array | None) -> Array:
-            def edit(value_NLD: Array, _: object) -> Array:
-                return jnp.where(keep_NL[..., None], replacement_NLD, value_NLD)
-
-            edits = {} if replacement_NLD is None else {taps.target: edit}
+        def final(edits: dict[str, Edit]) -> Array:
             wanted = (tap_names.FINAL_NORM,)
-            return apply(
-                model, tokens_NL, taps=wanted, edits=edits, logits=False, resume_from=(base, resid_NLD)
-            ).taps[tap_names.FINAL_NORM]
+            return apply(model, tokens_NL, taps=wanted, edits=edits, logits=False, resume_from=(base, resid_NLD)).taps[
+                tap_names.FINAL_NORM
+            ]
 
-        clean_NLD = final(None)
+        def replaced_by(new_NLD: Array) -> Array:
+            return final({taps.target: lambda value_NLD, _: jnp.where(keep_NL[..., None], new_NLD, value_NLD)})
+
+        clean_NLD = final({})
         clean_NL1, _ = next_token_losses(model, clean_NLD, tokens_NL)
-        sae_NL1, kl_NL = next_token_losses(model, final(recon_NLD), tokens_NL, clean_NLD)
-        zero_NL1, _ = next_token_losses(model, final(jnp.zeros_like(recon_NLD)), tokens_NL)
-        losses = Losses(clean_NL1, sae_NL1, zero_NL1, kl_NL[:, :-1])
+        sae_NL1, kl_NL = next_token_losses(model, replaced_by(recon_NLD), tokens_NL, clean_NLD)
+        assert kl_NL is not None
+        kl_NL1 = kl_NL[:, :-1]  # like the cross-entropy, for the positions that predict a token
+        zero_NL1, _ = next_token_losses(model, replaced_by(jnp.zeros_like(recon_NLD)), tokens_NL)
+        losses = Losses(clean_NL1, sae_NL1, zero_NL1, kl_NL1)
         rows_B1 = keep_NL.reshape(-1)[:, None]
         fired_F = jnp.zeros(sae.latents, bool).at[codes.latents_BK].max((codes.values_BK > 0) & rows_B1)
         return BatchScores(losses, found[taps.target], recon_NLD, codes.active_B.reshape(keep_NL.shape), fired_F)
@@ -101,7 +102,7 @@ def resume_place(tap: str, layers: int) -> str:
 
 
 def keep_rows(
-    policy: RowPolicy, tokens_NL: np.ndarray, padding_NL: np.ndarray, found: dict[str, Array]
+    policy: RowPolicy, tokens_NL: np.ndarray, padding_NL: np.ndarray, found: Mapping[str, Array]
 ) -> Bool[np.ndarray, "N L"]:
     """Which tokens are rows, by the policy the SAE's store was made with."""
     norms = {tap: np.linalg.norm(np.asarray(found[tap]), axis=-1) for tap in policy.norm_limits or {} if tap in found}

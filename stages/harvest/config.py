@@ -11,7 +11,9 @@ class Config(StageConfig):
     stage: ClassVar[str] = "harvest"
     folder: ClassVar[str] = "activations"
 
-    model: Annotated[str, Resource()] = setting(unit="URI", meaning="language model: a GGUF file or Hugging Face folder")
+    model: Annotated[str, Resource()] = setting(
+        unit="URI", meaning="language model: a GGUF file or Hugging Face folder"
+    )
     tokens: Annotated[str, Upstream("corpus")] = setting(unit="URI", meaning="token store to run")
     taps: tuple[str, ...] = setting(
         unit="names", meaning="activations to store, such as blocks.15.resid_pre", min_length=1
@@ -23,12 +25,12 @@ class Config(StageConfig):
         "bfloat16", unit="", meaning="type of weights and matmul inputs; sums are always float32"
     )
     batch_windows: int = setting(32, unit="windows", meaning="windows in one forward pass", ge=1)
-    drop_special_tokens: bool = setting(True, unit="", meaning="keep BOS, separators and other special tokens out of the rows")
+    drop_special_tokens: bool = setting(True, unit="", meaning="keep BOS, separators and other special tokens out")
     drop_positions: tuple[int, ...] = setting(
         (0,), unit="positions", meaning="positions of every window that are never rows; the first is an attention sink"
     )
     drop_norm_multiple: float | None = setting(
-        10.0, unit="times the median norm", meaning="rows of a larger norm are dropped as attention sinks; 0: keep all", ge=0
+        10.0, unit="times the median norm", meaning="rows of a larger norm are dropped as sinks; 0: keep all", ge=0
     )
     shard_windows: int | None = setting(None, unit="windows", meaning="windows in a shard; unset: about 64 MiB", ge=1)
     chunk_windows: int | None = setting(None, unit="windows", meaning="windows in a chunk; unset: about 1 MiB", ge=1)

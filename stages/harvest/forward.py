@@ -37,4 +37,3 @@ def make_forward(model: LanguageModel, taps: Sequence[str], store_dtype: str, ba
         return jax.tree.map(lambda array: array[:windows], harvested) if windows < batch_windows else harvested
 
     return forward
-

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
@@ -42,7 +43,10 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         finished = output.ledger()
         done = sum(len(shards[shard]) for shard in finished) * info.window_length
         total = info.windows * info.window_length
-        with ThreadPoolExecutor(1) as behind, progress("harvesting", total, "tokens", done=done, log=output.metrics) as bar:
+        with (
+            ThreadPoolExecutor(1) as behind,
+            progress("harvesting", total, "tokens", done=done, log=output.metrics) as bar,
+        ):
             pending: Future[None] | None = None
             for shard, windows in enumerate(shards):
                 if shard in finished:
@@ -68,8 +72,8 @@ def run(config: Config, *, force: bool = False) -> Manifest:
 
 def fetch(harvested: Harvested) -> Harvested:
     """The arrays of one batch on the host."""
-    host = [{tap: np.asarray(array) for tap, array in arrays.items()} for arrays in harvested]
-    return Harvested(*host)
+    fetched: Harvested = jax.device_get(harvested)
+    return fetched
 
 
 def _write(

@@ -15,13 +15,15 @@ class Config(StageConfig):
     tap: str | None = setting(None, unit="name", meaning="activation to encode; unset: the store's only one")
     target_tap: str | None = setting(None, unit="name", meaning="activation to predict: trains a transcoder")
     variant: str = setting("topk", unit="", meaning="kind of autoencoder: topk or relu")
-    latents: int | None = setting(None, unit="latents", meaning="width of the dictionary; or set expansion", ge=1)
-    expansion: float | None = setting(None, unit="latents per input dimension", meaning="width relative to the tap's", gt=0)
+    latents: int | None = setting(None, unit="latents", meaning="width of the dictionary", ge=1)
+    expansion: float | None = setting(None, unit="latents per input dimension", meaning="or its relative width", gt=0)
     k: int | None = setting(None, unit="active latents per row", meaning="sparsity of topk (default 32)", ge=1)
     sparsity_coefficient: float | None = setting(None, unit="", meaning="weight of the sparsity penalty of relu", ge=0)
     batch_rows: int = setting(2048, unit="rows", meaning="rows of one step", ge=1)
     rows: int = setting(unit="rows", meaning="training rows in all; more than the store has means several epochs", ge=1)
-    learning_rate: float | None = setting(None, unit="", meaning="peak of the schedule; unset: scaled with latents", gt=0)
+    learning_rate: float | None = setting(
+        None, unit="", meaning="peak of the schedule; unset: scaled with latents", gt=0
+    )
     seed: int = setting(0, unit="", meaning="seed of initialisation and of the order of rows", ge=0, lt=1 << 31)
     normalise: Literal["mean_square", "none"] = setting(
         "mean_square", unit="", meaning="scale rows to unit mean square per dimension; folded into the saved weights"
@@ -32,7 +34,9 @@ class Config(StageConfig):
     dead_after_rows: int = setting(
         10_000_000, unit="rows", meaning="a latent that has not fired for so long counts as dead", ge=1
     )
-    sparsity_warmup_steps: int = setting(0, unit="steps", meaning="steps over which the sparsity penalty rises from 0", ge=0)
+    sparsity_warmup_steps: int = setting(
+        0, unit="steps", meaning="steps over which the sparsity penalty rises from 0", ge=0
+    )
     pool_bytes: int = setting(1 << 30, unit="bytes", meaning="memory for mixing rows, reading ahead included", ge=1)
     checkpoint_every_steps: int = setting(
         500, unit="steps", meaning="steps between two saves to resume from", ge=1, affects_result=False

@@ -73,7 +73,9 @@ def _taps(config: Config) -> tuple[str, ...]:
     """The tap to encode and, for a transcoder, the tap to predict."""
     available = list(ActivationStore(config.store).info.taps)
     if config.tap is None and len(available) > 1:
-        raise InputError(f"train.tap is missing, and {config.store} holds {', '.join(available)}", "set train.tap to one of them")
+        raise InputError(
+            f"train.tap is missing, and {config.store} holds {', '.join(available)}", "set it to one of them"
+        )
     tap = config.tap or available[0]
     return (tap,) if config.target_tap in (None, tap) else (tap, str(config.target_tap))
 
@@ -85,7 +87,8 @@ def _variant(config: Config, width: int) -> Variant:
         )
     latents = config.latents or max(1, round(width * (config.expansion or 0)))
     k = _DEFAULT_K if config.k is None and config.variant == "topk" else config.k
-    return build(config.variant, latents, k, config.sparsity_coefficient, transcoder=config.target_tap not in (None, config.tap))
+    transcoder = config.target_tap not in (None, config.tap)
+    return build(config.variant, latents, k, config.sparsity_coefficient, transcoder)
 
 
 def _scale(config: Config, store: ActivationStore, tap: str) -> float:
@@ -124,7 +127,12 @@ def _shown(terms: StepTerms, step: int) -> dict[str, float]:
 
 
 def _exported(
-    config: Config, store: ActivationStore, variant: Variant, state: TrainState, scales: Normalisation, taps: tuple[str, ...]
+    config: Config,
+    store: ActivationStore,
+    variant: Variant,
+    state: TrainState,
+    scales: Normalisation,
+    taps: tuple[str, ...],
 ) -> SavedSae:
     """The SAE in units of the raw activations."""
     source = store.info.source
@@ -140,7 +148,7 @@ def _exported(
         "source": dict(source),
         "store_digest": store.manifest.digest,
         "normalisation": scales._asdict(),
-        "config": {name: value for name, value in config.result_fields().items()},
+        "config": config.result_fields(),
     }
     return SavedSae(cfg, tensors, saex)
 

@@ -32,3 +32,8 @@ class Config(StageConfig):
         ge=0,
         le=65535,
     )
+
+    @property
+    def runs_when_finished(self) -> bool:
+        """The server serves whenever it is asked for."""
+        return self.serve

@@ -50,7 +50,7 @@ def test_a_bad_value_is_named_with_its_limit_and_remedy(values, message):
 
 
 def test_a_missing_key_is_named_with_its_meaning():
-    with pytest.raises(InputError, match="bake.flour is missing; set it to ground grain"):
+    with pytest.raises(InputError, match=r"bake\.flour is missing; set it to ground grain"):
         Config.create({"out": "x"})
 
 

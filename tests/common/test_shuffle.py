@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -61,7 +63,7 @@ def test_the_next_pool_is_the_one_used_next_in_its_lane():
                 sequence.append(part.pool)
     for sequence in per_lane.values():
         assert len(sequence) > 10
-        assert all(order.next_pool(a) == b for a, b in zip(sequence[:-1], sequence[1:], strict=True))
+        assert all(order.next_pool(a) == b for a, b in itertools.pairwise(sequence))
 
 
 def test_neighbours_in_the_store_are_spread_as_by_a_perfect_shuffle():

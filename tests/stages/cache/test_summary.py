@@ -84,6 +84,8 @@ def test_merging_in_any_order_and_grouping_gives_the_same_bits():
     parts = [summarise(codes, LATENTS, LENGTH, EXAMPLES) for codes in PARTS]
     results = [reduce(merge, order) for order in itertools.permutations(parts)]
     results.append(merge(parts[0], merge(parts[1], parts[2])))
-    flat = [np.concatenate([np.ravel(a).astype(np.float64) for a in (*r[:5], *r.strongest, *r.sample)]) for r in results]
+    flat = [
+        np.concatenate([np.ravel(a).astype(np.float64) for a in (*r[:5], *r.strongest, *r.sample)]) for r in results
+    ]
     for other in flat[1:]:
         np.testing.assert_array_equal(flat[0], other)

@@ -12,7 +12,10 @@ def tokens_of(place):
     return np.arange(COUNTS[place], dtype=np.int32) + 100 * place
 
 
-def fill(layout, length, marks=Marks(None, 9999)):
+NO_BOS = Marks(None, 9999)
+
+
+def fill(layout, length, marks=NO_BOS):
     return fill_windows(layout, tokens_of, range(layout.windows), length, marks)
 
 
@@ -89,4 +92,5 @@ def test_one_document_leaves_nothing_to_hold_out():
 
 
 def test_too_little_text_fills_no_window():
-    assert lay_out(np.array([0]), np.array([3]), slots=4, packed=True, max_windows=None, holdout_fraction=0).windows == 0
+    layout = lay_out(np.array([0]), np.array([3]), slots=4, packed=True, max_windows=None, holdout_fraction=0)
+    assert layout.windows == 0

@@ -37,7 +37,11 @@ def test_every_format_is_read(tmp_path, suffix, compression):
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"body": "x"}\n{"body"\n', "line 2 is not JSON; give one JSON object a line"),
-        ("a.jsonl", b'{"text": "x"}\n', "line 1 has no text in field 'body'; set corpus.text_field; its fields are text"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n',
+            "line 1 has no text in field 'body'; set corpus.text_field; its fields are text",
+        ),
         ("a.jsonl", b"[1]\n", "line 1 has no text in field 'body'"),
         ("a.txt", b"\xff\xfe", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(encoded(".jsonl"))[:-20], "cannot be read"),
@@ -55,7 +59,7 @@ def test_bad_files_are_named(tmp_path, name, data, message):
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     (tmp_path / "a.parquet").write_bytes(encoded(".parquet"))
-    with pytest.raises(InputError, match="no column 'text'; set corpus.text_field; its columns are id, body"):
+    with pytest.raises(InputError, match=r"no column 'text'; set corpus.text_field; its columns are id, body"):
         list(read_documents(str(tmp_path / "a.parquet"), "text"))
 
 

@@ -105,6 +105,8 @@ def test_a_store_without_held_out_windows_is_refused(recipe, tmp_path):
 def test_an_sae_of_another_width_is_refused(place, recipe, tmp_path):
     scores_of(recipe, place / "run-False")
     other = chain.with_assignments(recipe, ["evaluate.tap=blocks.99.resid_pre"])
-    config = chain.configure(other, "evaluate", str(place / "run-False")).model_copy(update={"out": str(tmp_path / "s")})
-    with pytest.raises(InputError, match="the model has no tap 'blocks.99.resid_pre'"):
+    config = chain.configure(other, "evaluate", str(place / "run-False")).model_copy(
+        update={"out": str(tmp_path / "s")}
+    )
+    with pytest.raises(InputError, match=r"the model has no tap 'blocks.99.resid_pre'"):
         chain.run_stage(config, force=False)

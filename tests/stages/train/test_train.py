@@ -70,7 +70,9 @@ def test_a_saved_sae_takes_raw_activations(store, tmp_path):
     fvu = np.square(rows_BD - recon_BD).sum() / np.square(rows_BD - rows_BD.mean(0)).sum()
     assert fvu == pytest.approx(manifest.contents["last_step"]["fvu"], abs=0.1)
     assert fvu < 0.6
-    assert saved.saex["normalisation"]["input_scale"] != pytest.approx(1, rel=0.1), "the toy's rows are not of unit scale"
+    assert saved.saex["normalisation"]["input_scale"] != pytest.approx(1, rel=0.1), (
+        "the toy's rows are not of unit scale"
+    )
 
 
 def test_normalisation_only_changes_the_units_of_training(store, tmp_path):
