@@ -14,6 +14,7 @@ logging.disable(logging.WARNING)
 import apache_beam as beam  # noqa: E402
 from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 
+from saex_pipe.common.errors import InputError, SaexError  # noqa: E402
 from saex_pipe.common.preemption import graceful_stop, raise_if_stopping  # noqa: E402
 
 logging.disable(logging.NOTSET)
@@ -26,13 +27,25 @@ _Result = TypeVar("_Result")
 
 def run_pipeline(build: Callable[[beam.Pipeline], object], runner: str, options: Sequence[str]) -> None:
     """Run the pipeline that ``build`` wires, on ``runner`` with its own ``options``, to the end."""
-    pipeline = beam.Pipeline(runner=runner, options=PipelineOptions(list(options)))
+    try:
+        pipeline = beam.Pipeline(runner=runner, options=PipelineOptions(list(options)))
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(
+            f"runner = {runner!r} with runner_options = {list(options)} is not one of Apache Beam's ({error})",
+            "see 'Runners' in its documentation; FnApiRunner works in this process",
+        ) from None
     build(pipeline)
     with graceful_stop(interrupts="hold") as stop:
         try:
             pipeline.run().wait_until_finish()
-        except Exception:
+        except Exception as error:
             stop.raise_if_requested()  # rather than what Beam makes of it
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, SaexError):
+                    cause.args = (str(cause).partition(" [while running ")[0],)  # which Beam adds
+                    raise cause from None
+                cause = cause.__cause__ or cause.__context__
             raise
 
 

@@ -1,11 +1,10 @@
 """SIGTERM means "the machine goes away": finish the work in hand, commit it, exit with status 75. Ctrl-C is as safe."""
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 from saex_pipe.common.errors import PreemptedError
 
@@ -54,19 +53,14 @@ def graceful_stop(
         if again or (at_once if signum == signal.SIGTERM else interrupts == "raise"):
             stop.raise_if_requested()
 
-    def unraisable(lost: Any) -> None:
-        if not isinstance(lost.exc_value, KeyboardInterrupt | PreemptedError):
-            previous_hook(lost)
-
     handled = (signal.SIGTERM,) if interrupts == "leave" else (signal.SIGTERM, signal.SIGINT)
     previous = {signum: signal.signal(signum, handle) for signum in handled}
-    previous_hook, sys.unraisablehook = sys.unraisablehook, unraisable
     outer, _innermost = _innermost, stop
     try:
         yield stop
         stop.raise_if_requested()
     finally:
-        _innermost, sys.unraisablehook = outer, previous_hook
+        _innermost = outer
         for signum, handler in previous.items():
             signal.signal(signum, handler)
 

@@ -74,16 +74,22 @@ def _recipe(name: str, table: dict[str, Any], text: str) -> Recipe:
             raise InputError(
                 f"recipe {name} has a key {key!r}", f"its keys are title, stages, and tables {', '.join(STAGES)}"
             )
+        if key in STAGES and key not in settings:
+            raise InputError(
+                f"recipe {name}: {key} = {table[key]!r} is no table", f"write [{key}] and its settings below"
+            )
     stages = table.get("stages", [stage for stage in STAGES if stage in settings])
+    if not isinstance(stages, list) or not stages:
+        raise InputError(f"recipe {name}: stages = {stages!r} are none", f"list some of {', '.join(STAGES)}")
     for stage in stages:
         require_stage(stage)
     return Recipe(name, str(table.get("title", "")), tuple(sorted(stages, key=STAGES.index)), settings, text)
 
 
-def require_stage(stage: str) -> str:
+def require_stage(stage: Any) -> str:
     """``stage`` itself; an InputError names the stages there are."""
     if stage not in STAGES:
-        near = difflib.get_close_matches(stage, STAGES, n=1)
+        near = difflib.get_close_matches(str(stage), STAGES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"there is no stage {stage!r}", f"{hint}stages are {', '.join(STAGES)}")
     return stage

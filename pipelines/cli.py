@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -141,6 +142,11 @@ def show_config(stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stag
 @contextmanager
 def _one_line_errors(debug: bool) -> Iterator[None]:
     """Turn what went wrong into one line and an exit status; with ``debug`` the traceback comes first."""
+    hooks = sys.unraisablehook, threading.excepthook
+    if not debug:
+        # What threads and finalisers of libraries raise beside the error that ends the command, or after it.
+        sys.unraisablehook = lambda _: None
+        threading.excepthook = lambda _: None
     try:
         yield
     except Exception as error:
@@ -154,6 +160,8 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
         if known is not None:
             _fail(str(known), known.exit_status)
         _fail(f"unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", 1)
+    finally:
+        sys.unraisablehook, threading.excepthook = hooks
 
 
 def _known_error(error: BaseException) -> SaexError | None:

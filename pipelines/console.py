@@ -79,7 +79,8 @@ def print_status(uri: str) -> None:
     rows = rows or [row for row in [_state(uri, uri.rstrip("/").rpartition("/")[2])] if row is not None]
     if not rows:
         raise InputError(f"{uri} holds no output of saex-pipe", "give the folder of a run, such as runs/quickstart")
-    table = Table("folder", "stage", "state", "amount", "output", "finished at (UTC)", "digest")
+    columns = ("folder", "stage", "state", "amount", "output", "finished (UTC)", "digest")
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0))  # narrow enough for 80 columns, so that nothing is cut off
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -96,14 +97,14 @@ def _state(uri: str, name: str) -> tuple[str, ...] | None:
             "finished",
             amount,
             size,
-            manifest.finished_at.removesuffix("+00:00"),
-            manifest.digest[:12],
+            manifest.finished_at[:16],
+            manifest.digest[:8],
         )
     started = folder.read(STARTED)
     if started is None:
         return None
     shards = len(folder.list("ledger/"))
-    return name, json.loads(started)["stage"], f"unfinished, {shards} shards done", "", "", "", ""
+    return name, json.loads(started)["stage"], "unfinished", f"{shards} shards done", "", "", ""
 
 
 def print_settings(config: type[StageConfig]) -> None:

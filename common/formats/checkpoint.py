@@ -6,13 +6,15 @@
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.folder import Folder, explain_storage_error
 
 SAE_FILES = ("cfg.json", "sae_weights.safetensors", "saex.json")
 
@@ -62,27 +64,41 @@ class TrainingState:
     def __init__(self, folder: Folder) -> None:
         import orbax.checkpoint as ocp
 
+        # Orbax reports a failed save from each of its threads, with tracebacks, before it raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._orbax = ocp
         local = folder.local_path()
         path = f"{folder.uri}/state" if local is None else local / "state"
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(path, options=options)
+        self._uri = f"{folder.uri}/state"
+        with self._explained("opened"):
+            self._manager = ocp.CheckpointManager(path, options=options)
 
     def save(self, step: int, tree: Any) -> None:
         """Start saving ``tree`` (arrays) as the state after ``step`` steps; earlier saves are finished first."""
-        self._manager.save(step, args=self._orbax.args.StandardSave(tree))
+        with self._explained("written"):
+            self._manager.save(step, args=self._orbax.args.StandardSave(tree))
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Step and tree of the latest checkpoint, with the shapes and shardings of ``like``; None if there is none."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        return step, self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
+        with self._explained("read"):
+            return step, self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
 
     def __enter__(self) -> "TrainingState":
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Wait for the saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._explained("written"):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _explained(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            explain_storage_error(error, self._uri, action)

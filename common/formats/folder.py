@@ -107,15 +107,19 @@ def _after(prefix: str) -> bytes:
 
 def explain_storage_error(error: Exception, uri: str, action: str) -> NoReturn:
     """Raise what a failed storage operation means to the user, in one line."""
-    text = str(error)
+    text = str(error).partition(" [tensorstore_spec")[0].partition(" [source locations")[0]
     if any(word in text for word in ("PERMISSION_DENIED", "Permission denied", "Read-only file system")):
         raise InputError(f"{uri} could not be {action}: no permission", "change its rights or choose another --out")
     if any(word in text for word in ("No space left", "Disk quota exceeded")):
         raise SaexError(
             f"{uri} could not be {action}: the disk is full; free some space and run the same command again"
         )
-    if any(word in text for word in ("Not a directory", "Is a directory", "File exists")):
+    if any(word in text for word in ("Not a directory", "non-directory", "Is a directory", "File exists")):
         raise InputError(f"{uri} could not be {action}: a file is in its way", "move that file or choose another --out")
+    if "File too large" in text:
+        raise SaexError(f"{uri} could not be {action}: files may not grow that large here; raise the limit (ulimit -f)")
+    if action == "opened" and "NOT_FOUND" in text:
+        raise SaexError(f"{uri} is missing or lacks its zarr.json; delete the stage's folder and run it again")
     if "DATA_LOSS" in text or "checksum" in text.lower():
         raise SaexError(f"{uri} is damaged ({text.splitlines()[0][:160]}); delete the stage's folder and run it again")
     raise SaexError(f"{uri} could not be {action}: {text.splitlines()[0][:300]}")

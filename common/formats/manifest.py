@@ -24,7 +24,7 @@ from typing import Any
 
 from saex_pipe.common import resources
 from saex_pipe.common.config import Resource, StageConfig, Upstream, canonical_digest
-from saex_pipe.common.errors import InputError
+from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.metrics_log import MetricsLog
 
@@ -138,8 +138,17 @@ class StageOutput:
         for name in self.folder.list("ledger/"):
             data = self.folder.read(name)
             if data is not None:
-                entries[int(name.removeprefix("ledger/").removesuffix(".json"))] = json.loads(data)
+                entries[int(name.removeprefix("ledger/").removesuffix(".json"))] = self._parsed_entry(name, data)
         return entries
+
+    def _parsed_entry(self, name: str, data: bytes) -> dict[str, Any]:
+        try:
+            return dict(json.loads(data))
+        except (ValueError, TypeError):
+            raise SaexError(
+                f"{self.folder.uri}/{name} is damaged; delete this one file and run the same command again, "
+                "which makes its shard again"
+            ) from None
 
     def commit_shard(self, shard: int, entry: dict[str, Any]) -> None:
         """Record shard ``shard`` as finished; its data must be durable before this call."""
@@ -202,8 +211,9 @@ def stage_output(config: StageConfig, *, force: bool = False) -> Iterator[StageO
         output.folder.write(STARTED, json.dumps(fields, sort_keys=True).encode())
     try:
         yield output
-    except BaseException:
-        _discard_if_empty(output.folder)
+    except BaseException as error:
+        if _is_worthless(output, error):
+            _discard(output.folder)
         raise
     finally:
         output.metrics.close()
@@ -225,13 +235,22 @@ def _staging(config: StageConfig) -> Folder:
     return Folder(f"{config.out.rstrip('/')}.new")
 
 
-def _discard_if_empty(folder: Folder) -> None:
-    """Remove a folder in which nothing but the intention was written: bad input must not be in the way later."""
-    if {*folder.list()} <= {STARTED, METRICS}:
-        folder.delete()
-        local = folder.local_path()
-        if local is not None:
-            shutil.rmtree(local, ignore_errors=True)
+def _is_worthless(output: StageOutput, error: BaseException) -> bool:
+    """Whether a failed run left nothing to continue: bad input must not be in the way of good input later."""
+    try:
+        names = output.folder.list()
+    except SaexError:
+        return False
+    if isinstance(error, InputError) and not output.resumed:
+        return not any(name.startswith("ledger/") for name in names)
+    return {*names} <= {STARTED, METRICS}
+
+
+def _discard(folder: Folder) -> None:
+    folder.delete()
+    local = folder.local_path()
+    if local is not None:
+        shutil.rmtree(local, ignore_errors=True)
 
 
 def _found(folder: Folder) -> dict[str, Any] | None:
@@ -240,7 +259,12 @@ def _found(folder: Folder) -> dict[str, Any] | None:
     if manifest is not None:
         return manifest.fingerprint
     started = folder.read(STARTED)
-    return None if started is None else dict(json.loads(started))
+    try:
+        return None if started is None else dict(json.loads(started))
+    except (ValueError, TypeError):
+        raise InputError(
+            f"{folder.uri}/{STARTED} is not of this version of saex-pipe", "delete the folder and run its stage again"
+        ) from None
 
 
 def _differs(config: StageConfig, target: Folder, found: dict[str, Any], fields: dict[str, Any]) -> InputError:

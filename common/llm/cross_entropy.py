@@ -17,10 +17,11 @@ ROWS_AT_ONCE = 256  # tokens whose logits are in memory together: 50 MB for a vo
 
 
 class NextTokenLosses(NamedTuple):
-    """``cross_entropy_NL1``: how well position l predicted token l + 1; ``kl_NL``: None without a reference."""
+    """In nats, float32. Position l of a cross-entropy says how well token l + 1 was predicted there."""
 
-    cross_entropy_NL1: Float[Array, "N L1"]  # nats, float32
-    kl_NL: Float[Array, "N L"] | None  # nats, float32
+    cross_entropy_NL1: Float[Array, "N L1"]
+    reference_NL1: Float[Array, "N L1"] | None  # cross-entropy of the reference run; None without one
+    kl_NL: Float[Array, "N L"] | None  # of this run from the reference; None without one
 
 
 def next_token_cross_entropy(logits_NLV: Float[Array, "N L V"], tokens_NL: Int[Array, "N L"]) -> Float[Array, "N L1"]:
@@ -54,14 +55,15 @@ def next_token_losses(
     rows = (final_NLD.reshape(-1, width), next_tokens)
     if reference_NLD is None:
         surprise = jax.lax.map(lambda row: _surprise(unembed(model, row[0]), row[1]), rows, batch_size=ROWS_AT_ONCE)
-        return NextTokenLosses(surprise.reshape(windows, length)[:, :-1], None)
+        return NextTokenLosses(surprise.reshape(windows, length)[:, :-1], None, None)
 
-    def both(row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        logits = unembed(model, row[0])
-        return _surprise(logits, row[1]), kl_divergence(unembed(model, row[2]), logits)
+    def both(row: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        logits, reference = unembed(model, row[0]), unembed(model, row[2])
+        return _surprise(logits, row[1]), _surprise(reference, row[1]), kl_divergence(reference, logits)
 
-    surprise, kl = jax.lax.map(both, (*rows, reference_NLD.reshape(-1, width)), batch_size=ROWS_AT_ONCE)
-    return NextTokenLosses(surprise.reshape(windows, length)[:, :-1], kl.reshape(windows, length))
+    found = jax.lax.map(both, (*rows, reference_NLD.reshape(-1, width)), batch_size=ROWS_AT_ONCE)
+    surprise, of_reference, kl = (values.reshape(windows, length) for values in found)
+    return NextTokenLosses(surprise[:, :-1], of_reference[:, :-1], kl)
 
 
 def _surprise(logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows"]:

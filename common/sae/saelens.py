@@ -22,6 +22,27 @@ TENSOR_NAMES = {"W_enc": "w_enc_DF", "b_enc": "b_enc_F", "W_dec": "w_dec_FD", "b
 EXACT_SETTINGS = {"normalize_activations": "none", "reshape_activations": "none", "rescale_acts_by_decoder_norm": False}
 
 
+# Our sites within a block, as TransformerLens calls them.
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "attn_in": "ln1.hook_normalized",
+    "attn_z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "resid_mid": "hook_resid_mid",
+    "mlp_in": "ln2.hook_normalized",
+    "mlp_out": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}
+
+
+def hook_name(tap: str) -> str:
+    """TransformerLens' name of a tap; the tap's own where it has none (synthetic activations)."""
+    if tap in ("embed", "final_norm"):
+        return {"embed": "hook_embed", "final_norm": "ln_final.hook_normalized"}[tap]
+    block, _, site = tap.rpartition(".")
+    return f"{block}.{HOOKS[site]}" if site in HOOKS else tap
+
+
 def to_saelens(
     variant: Variant, params: Params, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

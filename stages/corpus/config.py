@@ -22,6 +22,9 @@ class Config(StageConfig):
     )
     window_length: int = setting(128, unit="tokens", meaning="length of a window", ge=2, le=1 << 20)
     max_tokens: int | None = setting(None, unit="tokens", meaning="size of the store; unset: all the text", ge=1)
+    max_document_tokens: int | None = setting(
+        None, unit="tokens", meaning="tokens taken of one document, from its start; unset: all of it", ge=1
+    )
     packing: Literal["packed", "padded"] = setting(
         "packed",
         unit="",

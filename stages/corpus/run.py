@@ -81,7 +81,10 @@ def _document_order(work: CorpusWork, output: StageOutput) -> Order:
 def _tokenise_and_lay_out(work: CorpusWork, output: StageOutput, order: Order, marks: Marks) -> Layout:
     """Tokenise batches of documents until there are enough tokens, and decide where each document goes."""
     config = work.config
-    batch_characters = np.add.reduceat(order.lengths, order.cuts[:-1])
+    used = order.lengths
+    if config.max_document_tokens is not None:
+        used = np.minimum(used, config.max_document_tokens * _CHARACTERS_PER_TOKEN)
+    batch_characters = np.add.reduceat(used, order.cuts[:-1])
     counts: list[np.ndarray] = []
     while len(counts) < len(batch_characters):
         tokens = sum(int(c.sum()) for c in counts)

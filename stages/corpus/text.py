@@ -91,6 +91,14 @@ def _parquet_rows(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
             f"{uri} has no column {text_field!r}",
             f"set corpus.text_field; its columns are {', '.join(table.schema_arrow.names)}",
         )
-    for batch in table.iter_batches(columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            yield text or ""
+    kind = table.schema_arrow.field(text_field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise InputError(
+            f"{uri}: column {text_field!r} holds {kind}, not text", "set corpus.text_field to one of strings"
+        )
+    try:
+        for batch in table.iter_batches(columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                yield text or ""
+    except pyarrow.ArrowInvalid as error:
+        raise EOFError(str(error)) from None

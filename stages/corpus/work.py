@@ -69,7 +69,7 @@ class CorpusWork:
     def tokenise_batch(self, batch: int, texts: list[str]) -> None:
         """Write the tokens of one batch of documents."""
         tokenizer = _load_tokenizer_once(self.config.tokenizer, self.digest)
-        encoded = tokenizer.encode_batch(texts)
+        encoded = [tokens[: self.config.max_document_tokens] for tokens in tokenizer.encode_batch(texts)]
         if self.config.packing == "packed" and tokenizer.eos is not None:
             encoded = [np.append(tokens, np.int32(tokenizer.eos)) for tokens in encoded]
         counts = np.asarray([len(tokens) for tokens in encoded], np.int64)

@@ -79,11 +79,11 @@ def make_scorer(taps: Taps, base: str) -> Callable[..., BatchScores]:
             return final({taps.target: lambda value_NLD, _: jnp.where(keep_NL[..., None], new_NLD, value_NLD)})
 
         clean_NLD = final({})
-        clean_NL1, _ = next_token_losses(model, clean_NLD, tokens_NL)
-        sae_NL1, kl_NL = next_token_losses(model, replaced_by(recon_NLD), tokens_NL, clean_NLD)
+        sae_NL1, clean_NL1, kl_NL = next_token_losses(model, replaced_by(recon_NLD), tokens_NL, clean_NLD)
+        assert clean_NL1 is not None
         assert kl_NL is not None
         kl_NL1 = kl_NL[:, :-1]  # like the cross-entropy, for the positions that predict a token
-        zero_NL1, _ = next_token_losses(model, replaced_by(jnp.zeros_like(recon_NLD)), tokens_NL)
+        zero_NL1 = next_token_losses(model, replaced_by(jnp.zeros_like(recon_NLD)), tokens_NL).cross_entropy_NL1
         losses = Losses(clean_NL1, sae_NL1, zero_NL1, kl_NL1)
         rows_B1 = keep_NL.reshape(-1)[:, None]
         fired_F = jnp.zeros(sae.latents, bool).at[codes.latents_BK].max((codes.values_BK > 0) & rows_B1)

@@ -31,6 +31,9 @@ class Config(StageConfig):
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "bfloat16", unit="", meaning="type of matmul inputs; sums, weights and statistics are float32"
     )
+    auxiliary_stride: int = setting(
+        1, unit="rows", meaning="the dead-latent loss of topk reads every so-many-th row; its cost falls likewise", ge=1
+    )
     dead_after_rows: int = setting(
         10_000_000, unit="rows", meaning="a latent that has not fired for so long counts as dead", ge=1
     )

@@ -13,12 +13,13 @@ from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import SavedSae, TrainingState, write_sae
 from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
 from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.host_memory import keep_freed_memory
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.common.preemption import graceful_stop
 from saex_pipe.common.sae.contract import DataStats, Variant
 from saex_pipe.common.sae.folding import fold
 from saex_pipe.common.sae.optimiser import adam
-from saex_pipe.common.sae.saelens import to_saelens
+from saex_pipe.common.sae.saelens import hook_name, to_saelens
 from saex_pipe.common.sae.train_step import StepTerms, TrainState, init_state, make_step
 from saex_pipe.common.sae.variants import build
 from saex_pipe.stages.train.config import Config
@@ -39,6 +40,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
     with stage_output(config, force=force) as output, graceful_stop() as stop:
         if output.manifest is not None:
             return output.manifest
+        keep_freed_memory()
         taps = _taps(config)
         store = ActivationStore(config.store, taps)
         tap, target = taps[0], taps[-1]
@@ -88,7 +90,7 @@ def _variant(config: Config, width: int) -> Variant:
     latents = config.latents or max(1, round(width * (config.expansion or 0)))
     k = _DEFAULT_K if config.k is None and config.variant == "topk" else config.k
     transcoder = config.target_tap not in (None, config.tap)
-    return build(config.variant, latents, k, config.sparsity_coefficient, transcoder)
+    return build(config.variant, latents, k, config.sparsity_coefficient, transcoder, config.auxiliary_stride)
 
 
 def _scale(config: Config, store: ActivationStore, tap: str) -> float:
@@ -136,9 +138,9 @@ def _exported(
 ) -> SavedSae:
     """The SAE in units of the raw activations."""
     source = store.info.source
-    metadata = {"model_name": source.get("model"), "hook_name": taps[0], "context_size": store.info.window_length}
+    metadata = {"model_name": source.get("model"), "hook_name": hook_name(taps[0]), "context_size": store.info.window_length}
     if len(taps) > 1:
-        metadata["hook_name_out"] = taps[1]
+        metadata["hook_name_out"] = hook_name(taps[1])
     params = fold(variant, state.params, scales.input_scale, scales.output_scale)
     cfg, tensors = to_saelens(variant, params, metadata)
     saex = {

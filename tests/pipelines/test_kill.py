@@ -1,9 +1,10 @@
-"""Killed at any moment, in any stage, a run is finished by the next one, to the same bytes, and nothing is done twice."""
+"""Killed at any moment, in any stage, a run is finished by the next one, to the same bytes, nothing done twice."""
 
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -16,7 +17,10 @@ import tiny_run
 _PROCESSES = multiprocessing.get_context("forkserver")
 _STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
 _PRELOAD = ("pytest", "orbax.checkpoint", "transformers", "saex_pipe.pipelines.console")
-_FOLDERS = {"tiny": ("corpus", "activations", "sae", "scores", "cache", "page"), "toy": ("activations", "sae", "scores")}
+_FOLDERS = {
+    "tiny": ("corpus", "activations", "sae", "scores", "cache", "page"),
+    "toy": ("activations", "sae", "scores"),
+}
 _CHILD = """
 import os
 for stream, name in ((1, "stdout"), (2, "stderr")):
@@ -35,9 +39,12 @@ class Chain:
         recipe = ("toy", *tiny_run.TOY) if name == "toy" else (str(tiny_run.write_recipe(folder / "recipe")),)
         self.arguments = ["run", *recipe, "--out", str(self.out)]
         assert self.run() == 0, self.stderr()
-        self.seconds = {at: json.loads((self.out / at / "manifest.json").read_bytes())["timings"]["seconds"] for at in self.stages}
+        self.seconds = {
+            at: json.loads((self.out / at / "manifest.json").read_bytes())["timings"]["seconds"] for at in self.stages
+        }
         self.result = contents(self.out)
-        assert "sae/sae_weights.safetensors" in self.result
+        assert {"sae/sae_weights.safetensors", "scores/scores.json"} <= {*self.result}
+        assert not [name for name in self.result if re.search(r"parts/|__lock|tmp|\.new/|\.old/", name)]
         shutil.rmtree(self.out)
 
     @property
@@ -148,6 +155,36 @@ def test_killed_at_random_moments_in_every_stage(chains, name, seed, moments):
     check_result(chain, note)
 
 
+# Writes down which steps are trained.
+_RECORD_STEPS = """
+from saex_pipe.stages.train import run
+batch = run.RowReader.batch
+def recorded(reader, step):
+    with open({steps!r}, "a") as file:
+        print(step, file=file)
+    return batch(reader, step)
+run.RowReader.batch = recorded
+"""
+
+
+def test_training_goes_on_from_its_last_checkpoint(chains, tmp_path):
+    chain, steps = chains("tiny"), tmp_path / "steps"
+    process = chain.start(before=_RECORD_STEPS.format(steps=str(steps)))
+    while process.is_alive() and not (chain.out / "sae" / "state" / "60").exists():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "trained to the end before it could be killed"
+    first = [int(step) for step in steps.read_text().split()]
+    steps.unlink()
+    process = chain.start(before=_RECORD_STEPS.format(steps=str(steps)))
+    process.join(120)
+    second = [int(step) for step in steps.read_text().split()]
+    assert second[0] >= 60, f"trained to {first[-1]}, then again from {second[0]}"
+    assert second == list(range(second[0], 120))
+    check_result(chain, f"trained to {first[-1]}, then from {second[0]}")
+
+
 # Dies right after the first write of each object or shard that the file ``written`` does not name yet.
 _DIE_AFTER_EACH_WRITE = """
 import os, signal, sys
@@ -164,7 +201,7 @@ def dying(write, name_of):
 Folder.write = dying(Folder.write, lambda folder, name, data: folder.uri + "/" + name)
 for module in [module for name, module in sys.modules.items() if name.startswith("saex_pipe.")]:
     if hasattr(module, "write_windows"):
-        module.write_windows = dying(module.write_windows, lambda array, windows, values: array.kvstore.url + str(windows))
+        module.write_windows = dying(module.write_windows, lambda array, windows, _: array.kvstore.url + str(windows))
 """
 
 
@@ -223,27 +260,24 @@ os.rename, os.unlink, os.rmdir = dying(os.rename), dying(os.unlink), dying(os.rm
 def test_killed_while_a_forced_result_replaces_the_old_one(chains, left):
     chain = chains("toy")
     assert chain.run("--only", "toy", "--set", "toy.seed=1") == 0
-    old = contents(chain.out)
+    old = contents(chain.out / "activations")
     process = chain.start("--only", "toy", "--force", before=_DIE_DURING_REPLACEMENT.format(left=left))
     process.join(60)
     assert process.exitcode == -signal.SIGKILL, chain.stderr()
-    new = {name: data for name, data in chain.result.items() if name.startswith("activations/")}
-    assert [half for half in (old, new) if half.items() <= contents_of_any_name(chain.out).items()], "a whole result stays"
+    new = {name.partition("/")[2]: data for name, data in chain.result.items() if name.startswith("activations/")}
+    assert any(contents(folder) in (old, new) for folder in chain.out.iterdir()), "a whole result stays"
     assert chain.run("--only", "toy") == 0 if left else chain.run("--only", "toy", "--force") == 0, chain.stderr()
-    assert contents(chain.out) == new
-
-
-def contents_of_any_name(out):
-    """What is in ``out``, with a folder NAME.new or NAME.old counted as NAME where it is whole."""
-    folders = [path for path in Path(out).iterdir() if (path / "manifest.json").exists()]
-    return {f"activations/{name}": data for folder in folders for name, data in contents(folder).items()}
+    assert contents(chain.out / "activations") == new
+    assert [folder.name for folder in chain.out.iterdir()] == ["activations"]
 
 
 def test_an_interrupted_replacement_does_not_lose_the_old_result(chains):
     chain = chains("toy")
     assert chain.run("--only", "toy") == 0
     kept = finished(chain.out)
-    process = chain.start("--only", "toy", "--force", "--set", "toy.seed=1", before=_DIE_DURING_REPLACEMENT.format(left=1))
+    process = chain.start(
+        "--only", "toy", "--force", "--set", "toy.seed=1", before=_DIE_DURING_REPLACEMENT.format(left=1)
+    )
     process.join(60)
     assert process.exitcode == -signal.SIGKILL, chain.stderr()
     assert chain.run("--only", "toy") == 0, chain.stderr()

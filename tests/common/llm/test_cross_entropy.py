@@ -59,6 +59,9 @@ def test_losses_in_pieces_equal_those_of_all_logits(rows, tiny_llama, tmp_path, 
 
     clean, edited, losses, alone = run(model, tokens_NL)
     assert alone.kl_NL is None
+    assert alone.reference_NL1 is None
+    of_clean = next_token_cross_entropy(clean.logits_NLV, tokens_NL)
+    np.testing.assert_allclose(losses.reference_NL1, of_clean, rtol=1e-5)
     for found in (losses, alone):
         expected = next_token_cross_entropy(edited.logits_NLV, tokens_NL)
         np.testing.assert_allclose(found.cross_entropy_NL1, expected, rtol=1e-5)

@@ -15,7 +15,7 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.contract import DataStats, Variant
 from saex_pipe.common.sae.folding import fold
 from saex_pipe.common.sae.inference import Sae
-from saex_pipe.common.sae.saelens import from_saelens, to_saelens
+from saex_pipe.common.sae.saelens import from_saelens, hook_name, to_saelens
 from saex_pipe.common.sae.variants import build
 
 WIDTH, LATENTS, ROWS, RAW_NORM = 16, 64, 50, 150.0
@@ -118,3 +118,18 @@ def test_saelens_computes_the_same(case: str, tmp_path: Path) -> None:
         ours, torchs = np.asarray(ours, np.float64), torchs.numpy().astype(np.float64)
         assert np.abs(ours - torchs).max() <= 1e-5 * np.abs(torchs).max()
     assert math.isclose((codes_BF > 0).sum().item(), float((sae.encode(raw_BD) > 0).sum()))
+
+
+@pytest.mark.parametrize(
+    ("tap", "hook"),
+    [
+        ("blocks.15.resid_pre", "blocks.15.hook_resid_pre"),
+        ("blocks.0.mlp_in", "blocks.0.ln2.hook_normalized"),
+        ("blocks.3.attn_z", "blocks.3.attn.hook_z"),
+        ("embed", "hook_embed"),
+        ("final_norm", "ln_final.hook_normalized"),
+        ("toy", "toy"),
+    ],
+)
+def test_taps_have_transformer_lens_names(tap, hook):
+    assert hook_name(tap) == hook

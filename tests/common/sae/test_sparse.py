@@ -65,7 +65,8 @@ def test_runs_hold_every_pair_once_and_one_latent_each() -> None:
 
 @pytest.mark.parametrize("latents", [LATENTS, 64 * GROUP])  # one selection, and two
 def test_sparse_autoencoder_and_gradients_equal_the_dense_path(latents: int) -> None:
-    x_BD, b_pre_D, b_enc_F = normal(4, ROWS, WIDTH), normal(5, WIDTH), normal(6, latents)
+    x_BD, b_pre_D = normal(4, ROWS, WIDTH), normal(5, WIDTH)
+    b_enc_F = normal(6, latents) - 6  # so low that of 40 latents some of the chosen ones are below 0
     w_enc_DF, w_dec_FD, weight_BD = normal(7, WIDTH, latents), normal(8, latents, WIDTH), normal(9, ROWS, WIDTH)
 
     def sparse(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
@@ -79,6 +80,8 @@ def test_sparse_autoencoder_and_gradients_equal_the_dense_path(latents: int) -> 
         return jnp.sum(weight_BD * jnp.square(codes_BF @ w_dec_FD))
 
     arguments = tuple(jnp.asarray(a) for a in (x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD))
+    below_zero = topk_codes(*arguments[:4], K, "float32").values_BK == 0
+    assert below_zero.any() == (latents == LATENTS)
     value, gradients = jax.jit(jax.value_and_grad(sparse, argnums=(0, 1, 2, 3, 4)))(*arguments)
     dense_value, dense_gradients = jax.jit(jax.value_and_grad(dense, argnums=(0, 1, 2, 3, 4)))(*arguments)
     assert float(value) == pytest.approx(float(dense_value), rel=1e-5)

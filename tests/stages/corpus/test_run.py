@@ -64,6 +64,17 @@ def test_max_tokens_is_a_prefix_of_the_same_order(place, tmp_path):
     np.testing.assert_array_equal(small.tokens(range(100)), large.tokens(range(100)))
 
 
+def test_a_long_document_gives_its_first_tokens_only(place, tmp_path):
+    whole = make(place, tmp_path / "a", holdout_fraction=0)
+    store = make(place, tmp_path / "b", holdout_fraction=0, max_document_tokens=50)
+    windows = range(store.info.windows)
+    documents, counts = np.unique(store.documents(windows), return_counts=True)
+    assert counts.max() == 51, "fifty and the separator"
+    number = documents[5]
+    everything = whole.tokens(range(whole.info.windows))[whole.documents(range(whole.info.windows)) == number]
+    np.testing.assert_array_equal(store.tokens(windows)[store.documents(windows) == number][:50], everything[:50])
+
+
 def test_batches_are_tokenised_in_waves_until_there_is_enough(place, tmp_path, monkeypatch):
     whole = make(place, tmp_path / "a", max_tokens=4800)
     monkeypatch.setattr("saex_pipe.stages.corpus.parts._BATCH_CHARACTERS", 3000)

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from saex_pipe.common.sae.host_memory import keep_freed_memory
+from saex_pipe.common.host_memory import keep_freed_memory
 assert sys.argv[1] == "plain" or keep_freed_memory()
 np.ones(2**23)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
