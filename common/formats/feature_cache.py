@@ -83,26 +83,26 @@ class CacheSource(NamedTuple):
     rows: int  # kept rows of activations that were counted
 
 
-def write_features(folder: Folder, columns: Columns, source: CacheSource) -> None:
-    """Write ``features.parquet`` whole. ``columns`` are those of FEATURES_SCHEMA, rows in any order.
+def write_features(folder: Folder, columns: Columns, source: CacheSource) -> int:
+    """Write ``features.parquet`` whole and return its bytes. ``columns`` are those of FEATURES_SCHEMA, rows in any order.
 
     Raises ValueError when columns are missing, of unequal length or type, or a feature appears twice.
     """
     table = _table(columns, FEATURES_SCHEMA).sort_by("feature")
     if len(np.unique(table.column("feature").to_numpy())) != len(table):
         raise ValueError("a feature has two rows")
-    _write(folder, FEATURES_FILE, [table], FEATURES_PER_GROUP, {_SOURCE_KEY: json.dumps(source._asdict())})
+    return _write(folder, FEATURES_FILE, [table], FEATURES_PER_GROUP, {_SOURCE_KEY: json.dumps(source._asdict())})
 
 
-def write_examples(folder: Folder, parts: Iterable[Columns]) -> None:
-    """Write ``examples.parquet`` whole, from parts that each cover a higher range of features than the one before.
+def write_examples(folder: Folder, parts: Iterable[Columns]) -> int:
+    """Write ``examples.parquet`` whole and return its bytes, from parts that each cover a higher range of features than the one before.
 
     Each part holds the columns of EXAMPLES_SCHEMA, rows in any order. How the rows are cut into parts leaves no trace
     in the file. Raises ValueError when columns are missing or of unequal length or type, or parts overlap.
     """
     order = [(name, "ascending") for name in ("feature", "stratum", "rank", "window", "position")]
     tables = (_table(columns, EXAMPLES_SCHEMA).sort_by(order) for columns in parts)
-    _write(folder, EXAMPLES_FILE, tables, FEATURES_PER_EXAMPLE_GROUP, {})
+    return _write(folder, EXAMPLES_FILE, tables, FEATURES_PER_EXAMPLE_GROUP, {})
 
 
 def _table(columns: Columns, schema: pa.Schema) -> pa.Table:
@@ -122,7 +122,7 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind)
 
 
-def _write(folder: Folder, name: str, tables: Iterable[pa.Table], per_group: int, metadata: dict[bytes, str]) -> None:
+def _write(folder: Folder, name: str, tables: Iterable[pa.Table], per_group: int, metadata: dict[bytes, str]) -> int:
     schema = FEATURES_SCHEMA if name == FEATURES_FILE else EXAMPLES_SCHEMA
     schema = schema.with_metadata({_VERSION_KEY: str(SCHEMA_VERSION), **metadata})
     sink = pa.BufferOutputStream()
@@ -130,7 +130,9 @@ def _write(folder: Folder, name: str, tables: Iterable[pa.Table], per_group: int
     with pq.ParquetWriter(sink, schema, compression="zstd", write_statistics=["feature"]) as writer:
         for group in _groups(tables, per_group):
             writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=len(group))
-    folder.write(name, sink.getvalue().to_pybytes())
+    data = sink.getvalue().to_pybytes()
+    folder.write(name, data)
+    return len(data)
 
 
 def _groups(tables: Iterable[pa.Table], per_group: int) -> Iterator[pa.Table]:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from saex_pipe.common.sae.contract import ComputeDtype, DataStats, Params, Variant
 from saex_pipe.common.host_memory import keep_freed_memory
+from saex_pipe.common.sae.contract import ComputeDtype, DataStats, Params, Variant
 from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.select import top_k

@@ -55,12 +55,12 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         _look_up_contexts(config, output, work, shards)
         summary = read_summary(output.folder.uri, output.digest)
         tokenizer = _tokenizer(store)
-        _write_features(config, output, store, saved, summary, tokenizer)
-        write_examples(output.folder, _examples(output, summary, shards, store.info.window_length, tokenizer))
+        size = _write_features(config, output, store, saved, summary, tokenizer)
+        size += write_examples(output.folder, _examples(output, summary, shards, store.info.window_length, tokenizer))
         output.folder.delete(PARTS)
         tokens = windows * store.info.window_length
         contents = {"tap": saved.saex["tap"], "latents": len(summary.count_F), "rows": summary.rows}
-        return output.finish(contents=contents, totals={"tokens": tokens, "rows": summary.rows})
+        return output.finish(contents=contents, totals={"tokens": tokens, "rows": summary.rows, "bytes": size})
 
 
 def _summarise(config: Config, output: StageOutput, work: CacheWork, shards: range) -> None:
@@ -93,7 +93,7 @@ def _write_features(
     saved: SavedSae,
     summary: Summary,
     tokenizer: Tokenizer | None,
-) -> None:
+) -> int:
     model = store.info.source.get("model")
     w_dec_FD = saved.tensors["W_dec"]
     effects = OutputTokens.none(len(w_dec_FD))
@@ -117,7 +117,7 @@ def _write_features(
         "nearest_cosines": cosines_FN,
     }
     variant = f"{saved.saex['config']['variant']} with {len(w_dec_FD):,} latents"
-    write_features(output.folder, columns, CacheSource(model or "", saved.saex["tap"], variant, summary.rows))
+    return write_features(output.folder, columns, CacheSource(model or "", saved.saex["tap"], variant, summary.rows))
 
 
 def _histograms(summary: Summary) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -42,8 +42,9 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         keep_freed_memory()
         saved = read_sae(config.sae)
         scores = _on_text(config, output, saved, stop) if config.store is None else _on_toy(config, output, saved, stop)
-        output.folder.write("scores.json", (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode())
-        return output.finish(contents=scores, totals={"tokens": scores["tokens"], "rows": scores["rows"]})
+        data = (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode()
+        output.folder.write("scores.json", data)
+        return output.finish(contents=scores, totals={"tokens": scores["tokens"], "rows": scores["rows"], "bytes": len(data)})
 
 
 def _sae(saved: SavedSae, config: Config) -> Sae:

@@ -20,7 +20,7 @@ def test_page_is_written_once_and_is_the_same_every_time(
     inputs = {"cache": make_cache().uri, "scores": scores.uri, "features": 5}
     first = view.run(Config(out=str(tmp_path / "page"), **inputs))
     page = tmp_path / "page" / "index.html"
-    assert first.totals == {"features_shown": 5, "page_bytes": page.stat().st_size}
+    assert first.totals == {"features_shown": 5, "bytes": page.stat().st_size}
     assert page.read_text().count('class="card"') == 5
     assert "97.3 %" in page.read_text()
 

