@@ -53,7 +53,8 @@ def run(config: Config, *, force: bool = False) -> Manifest:
 
         reader = RowReader(store, taps, seed=config.seed, batch_rows=config.batch_rows, pool_bytes=config.pool_bytes)
         with reader, TrainingState(output.folder) as saves:
-            start, state = saves.restore(state) or (0, state)
+            terms = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
+            start, (state, terms) = saves.restore((state, terms)) or (0, (state, terms))
             total, done = steps * config.batch_rows, start * config.batch_rows
             with progress("training", total, "rows", done=done, log=output.metrics) as bar:
                 for step in range(start, steps):
@@ -64,11 +65,11 @@ def run(config: Config, *, force: bool = False) -> Manifest:
                     size = sum(rows_BD.nbytes for rows_BD in batch.values())
                     bar.advance(config.batch_rows, bytes=size, waiting_seconds=reader.waiting_seconds - waited, **shown)
                     if stop.requested or (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == steps:
-                        saves.save(step + 1, state)
+                        saves.save(step + 1, (state, terms))
                     if step + 1 < steps:
                         stop.raise_if_requested()
         write_sae(output.folder, _exported(config, store, variant, state, scales, taps))
-        return _finish(output, variant, config, state, terms if start < steps else None)
+        return _finish(output, variant, config, state, terms)
 
 
 def _taps(config: Config) -> tuple[str, ...]:
@@ -138,7 +139,11 @@ def _exported(
 ) -> SavedSae:
     """The SAE in units of the raw activations."""
     source = store.info.source
-    metadata = {"model_name": source.get("model"), "hook_name": hook_name(taps[0]), "context_size": store.info.window_length}
+    metadata = {
+        "model_name": source.get("model"),
+        "hook_name": hook_name(taps[0]),
+        "context_size": store.info.window_length,
+    }
     if len(taps) > 1:
         metadata["hook_name_out"] = hook_name(taps[1])
     params = fold(variant, state.params, scales.input_scale, scales.output_scale)
@@ -155,15 +160,13 @@ def _exported(
     return SavedSae(cfg, tensors, saex)
 
 
-def _finish(
-    output: StageOutput, variant: Variant, config: Config, state: TrainState, terms: StepTerms | None
-) -> Manifest:
+def _finish(output: StageOutput, variant: Variant, config: Config, state: TrainState, terms: StepTerms) -> Manifest:
     since_fired_F = np.asarray(state.tokens_since_fired_F)
     contents = {
         "variant": config.variant,
         "latents": variant.latents,
         "dead_fraction": float((since_fired_F >= config.dead_after_rows).mean()),
-        "last_step": None if terms is None else {k: float(v) for k, v in jax.device_get(terms)._asdict().items()},
+        "last_step": {k: float(v) for k, v in jax.device_get(terms)._asdict().items()},
     }
     steps = int(state.step)
     size = sum(array.nbytes for array in state.params.values())

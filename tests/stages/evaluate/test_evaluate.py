@@ -109,4 +109,4 @@ def test_an_sae_of_another_width_is_refused(place, recipe, tmp_path):
         update={"out": str(tmp_path / "s")}
     )
     with pytest.raises(InputError, match=r"the model has no tap 'blocks.99.resid_pre'"):
-        chain.run_stage(config, force=False)
+        chain.finish_stage(config, force=False)
