@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saex_pipe.common.errors import SaexError
+from saex_pipe.common.host_memory import keep_freed_memory
 from saex_pipe.common.preemption import graceful_stop
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     # Beam, JAX and TensorStore write informational lines to stderr that would break up the progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    keep_freed_memory()
     with _one_line_errors("--debug" in arguments), graceful_stop(at_once=True, interrupts="leave"):
         if app(arguments or ["--help"], prog_name="saex-pipe", standalone_mode=False) == _INTERRUPTED:
             _fail("interrupted; what was finished is kept, run the same command again to go on", _INTERRUPTED)

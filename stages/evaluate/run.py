@@ -15,7 +15,6 @@ from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_outpu
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.formats.tokens import TokenStore
 from saex_pipe.common.formats.toy_truth import read_dictionary
-from saex_pipe.common.host_memory import keep_freed_memory
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.load import load_model
 from saex_pipe.common.metrics_log import Progress, progress
@@ -39,7 +38,6 @@ def run(config: Config, *, force: bool = False) -> Manifest:
     with stage_output(config, force=force) as output, graceful_stop() as stop:
         if output.manifest is not None:
             return output.manifest
-        keep_freed_memory()
         saved = read_sae(config.sae)
         scores = _on_text(config, output, saved, stop) if config.store is None else _on_toy(config, output, saved, stop)
         data = (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode()

@@ -13,7 +13,6 @@ from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_outpu
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.formats.tokens import TokenStore
 from saex_pipe.common.formats.zarr_array import Tiling
-from saex_pipe.common.host_memory import keep_freed_memory
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.load import load_model, read_architecture
@@ -30,7 +29,6 @@ def run(config: Config, *, force: bool = False) -> Manifest:
     with stage_output(config, force=force) as output, graceful_stop() as stop:
         if output.manifest is not None:
             return output.manifest
-        keep_freed_memory()
         corpus = TokenStore(config.tokens)
         path = resources.fetch(config.model)
         architecture = read_architecture(path)

@@ -13,7 +13,6 @@ from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import SavedSae, TrainingState, write_sae
 from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
 from saex_pipe.common.formats.row_reader import RowReader
-from saex_pipe.common.host_memory import keep_freed_memory
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.common.preemption import graceful_stop
 from saex_pipe.common.sae.contract import DataStats, Variant
@@ -40,7 +39,6 @@ def run(config: Config, *, force: bool = False) -> Manifest:
     with stage_output(config, force=force) as output, graceful_stop() as stop:
         if output.manifest is not None:
             return output.manifest
-        keep_freed_memory()
         taps = _taps(config)
         store = ActivationStore(config.store, taps)
         tap, target = taps[0], taps[-1]
