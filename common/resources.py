@@ -64,6 +64,11 @@ def identity(uri: str) -> str:
         return _SCHEMES[resource.scheme].identity(resource)
 
 
+def absolute(uri: str) -> str:
+    """``uri`` in a form that means the same from every folder: a relative local path becomes an absolute one."""
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
 def _parse(uri: str) -> Resource:
     body, sha256 = uri, None
     if match := re.fullmatch(r"(.*)#sha256=(.*)", uri, flags=re.DOTALL):

@@ -7,9 +7,8 @@ g % lanes, so that every batch draws from all lanes. Hence every kept row comes 
 whatever the number of hosts, and any step is found without replaying the ones before it.
 """
 
-import itertools
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +52,7 @@ class RowOrder:
     pool_rows: int
     lanes: int = 8
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Kept rows of the store: the length of an epoch."""
         return int(self.rows_per_chunk.sum())
@@ -66,22 +65,20 @@ class RowOrder:
         parts = []
         for epoch in np.unique(epoch_B):
             for lane in range(self.lanes):
-                here = offset_B[(epoch_B == epoch) & (lane_B == lane)]
-                for pool in self._pools(int(epoch), lane):
-                    start = self._lane_start(lane)
-                    inside = here[(here >= pool.start - start) & (here < pool.stop - start)]
-                    if len(inside):
-                        parts.append(PoolRows(pool, self._permutation(pool)[inside - (pool.start - start)]))
+                here = self._lane_start(lane) + offset_B[(epoch_B == epoch) & (lane_B == lane)]
+                while len(here):  # ascending positions of the stream; usually all in one pool
+                    pool = self._pool_at(int(epoch), lane, int(here[0]))
+                    inside = int(np.searchsorted(here, pool.stop))
+                    parts.append(PoolRows(pool, self._permutation(pool)[here[:inside] - pool.start]))
+                    here = here[inside:]
         return parts
 
     def next_pool(self, pool: Pool) -> Pool:
         """The pool that takes over in the same lane when ``pool`` is used up."""
-        for lane in range(self.lanes):
-            pools = self._pools(pool.epoch, lane)
-            if pool in pools:
-                place = pools.index(pool) + 1
-                return pools[place] if place < len(pools) else self._pools(pool.epoch + 1, lane)[0]
-        raise ValueError(f"{pool} is not a pool of this order")
+        lane = max(lane for lane in range(self.lanes) if self._lane_start(lane) <= pool.start)
+        if pool.stop < self._lane_start(lane + 1):
+            return self._pool_at(pool.epoch, lane, pool.stop)
+        return self._pool_at(pool.epoch + 1, lane, self._lane_start(lane))
 
     def chunks(self, pool: Pool) -> list[ChunkRows]:
         """The pieces of chunks that make up ``pool``, in stream order."""
@@ -101,11 +98,16 @@ class RowOrder:
     def _lane_start(self, lane: int) -> int:
         return lane * (self.rows // self.lanes) + min(lane, self.rows % self.lanes)
 
-    def _pools(self, epoch: int, lane: int) -> list[Pool]:
+    def _pool_at(self, epoch: int, lane: int, position: int) -> Pool:
+        """The pool of ``lane`` that holds ``position`` of the stream; a lane is cut into pools of equal size."""
         start, stop = self._lane_start(lane), self._lane_start(lane + 1)
         number = max(1, -(-(stop - start) // self.pool_rows))
-        cuts = [start + (stop - start) * i // number for i in range(number + 1)]
-        return [Pool(epoch, a, b) for a, b in itertools.pairwise(cuts)]
+
+        def cut(place: int) -> int:
+            return start + (stop - start) * place // number
+
+        place = ((position - start + 1) * number - 1) // (stop - start)
+        return Pool(epoch, cut(place), cut(place + 1))
 
     def _stream(self, epoch: int) -> tuple[Int64[np.ndarray, " chunks"], Int64[np.ndarray, " chunks"]]:
         """The chunks in the order of ``epoch``, and the stream position at which each one ends."""

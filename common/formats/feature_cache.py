@@ -84,7 +84,9 @@ class CacheSource(NamedTuple):
 
 
 def write_features(folder: Folder, columns: Columns, source: CacheSource) -> int:
-    """Write ``features.parquet`` whole and return its bytes. ``columns`` are those of FEATURES_SCHEMA, rows in any order.
+    """Write ``features.parquet`` whole and return its bytes.
+
+    ``columns`` are those of FEATURES_SCHEMA, rows in any order.
 
     Raises ValueError when columns are missing, of unequal length or type, or a feature appears twice.
     """
@@ -95,7 +97,9 @@ def write_features(folder: Folder, columns: Columns, source: CacheSource) -> int
 
 
 def write_examples(folder: Folder, parts: Iterable[Columns]) -> int:
-    """Write ``examples.parquet`` whole and return its bytes, from parts that each cover a higher range of features than the one before.
+    """Write ``examples.parquet`` whole and return its bytes.
+
+    Each part covers a higher range of features than the one before.
 
     Each part holds the columns of EXAMPLES_SCHEMA, rows in any order. How the rows are cut into parts leaves no trace
     in the file. Raises ValueError when columns are missing or of unequal length or type, or parts overlap.

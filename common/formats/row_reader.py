@@ -17,8 +17,9 @@ _LANES = 8
 class RowReader:
     """Training rows of one or several taps of a store.
 
-    At most ``pool_bytes`` of rows are held: the pools in use and, read by a thread meanwhile, the ones after
-    them. The order of rows depends on ``seed`` and ``pool_bytes`` alone.
+    Some ``pool_bytes`` of rows are held: the pools in use and, read by a thread meanwhile, the ones after them
+    (half as much again while a lane goes from one to the next). The order of rows
+    depends on ``seed`` and ``pool_bytes`` alone.
     """
 
     def __init__(

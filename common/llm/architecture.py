@@ -27,6 +27,14 @@ class Architecture:
     rope_theta: float
     tied_embeddings: bool
 
+    def check_largest_id(self, largest_id: int) -> None:
+        """Raise an ``InputError`` where a token id has no row in the embedding."""
+        if largest_id >= self.vocabulary:
+            raise InputError(
+                f"the tokenizer's largest id {largest_id} does not fit the model's {self.vocabulary} embeddings",
+                "use the model's own tokenizer",
+            )
+
     def check_window_length(self, length: int) -> None:
         """Raise an ``InputError`` where a window of ``length`` tokens is longer than the model knows positions for."""
         if length > self.max_positions:

@@ -48,6 +48,11 @@ class Tokenizer:
         self.vocabulary: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @cached_property
+    def largest_id(self) -> int:
+        """The largest id there is; with gaps in the numbering it is above ``vocabulary``."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Every id that stands for structure rather than text: control tokens, and bos, eos and pad."""
         added = self._tokenizer.get_added_tokens_decoder()
@@ -79,12 +84,7 @@ class Tokenizer:
 
     def check_fits(self, architecture: "Architecture") -> None:
         """Raise an ``InputError`` where a token's id has no row in the model's embedding."""
-        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        if largest >= architecture.vocabulary:
-            raise InputError(
-                f"the tokenizer's largest id {largest} does not fit the model's {architecture.vocabulary} embeddings",
-                "use the model's own tokenizer",
-            )
+        architecture.check_largest_id(self.largest_id)
 
     @cached_property
     def _is_byte_level(self) -> bool:

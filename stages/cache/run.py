@@ -7,6 +7,7 @@ import numpy as np
 
 from saex_pipe.common import resources
 from saex_pipe.common.beam import for_each, run_pipeline
+from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import SavedSae, read_sae
 from saex_pipe.common.formats.feature_cache import TOP_STRATUM, CacheSource, write_examples, write_features
@@ -82,8 +83,16 @@ def _look_up_contexts(config: Config, output: StageOutput, work: CacheWork, shar
 
 def _tokenizer(store: ActivationStore) -> Tokenizer | None:
     """The tokenizer of the store's text, None for synthetic activations."""
-    tokenizer = store.info.source.get("tokenizer")
-    return None if tokenizer is None else load_tokenizer(resources.fetch(tokenizer["uri"]))
+    recorded = store.info.source.get("tokenizer")
+    if recorded is None:
+        return None
+    tokenizer = load_tokenizer(resources.fetch(recorded["uri"]))
+    if tokenizer.digest != recorded["digest"]:
+        raise InputError(
+            f"the tokenizer at {recorded['uri']} is not the one that {store.uri} was made with",
+            "put that one back there",
+        )
+    return tokenizer
 
 
 def _write_features(
@@ -97,7 +106,7 @@ def _write_features(
     model = store.info.source.get("model")
     w_dec_FD = saved.tensors["W_dec"]
     effects = OutputTokens.none(len(w_dec_FD))
-    if model is not None and tokenizer is not None and config.output_tokens:
+    if model is not None and tokenizer is not None and config.output_tokens and _is_residual(saved.saex["target_tap"]):
         effects = output_tokens(resources.fetch(model), w_dec_FD, config.output_tokens, tokenizer)
     nearest_FN, cosines_FN = nearest_rows(w_dec_FD, min(config.nearest, len(w_dec_FD) - 1))
     counts, edges = _histograms(summary)
@@ -118,6 +127,11 @@ def _write_features(
     }
     variant = f"{saved.saex['config']['variant']} with {len(w_dec_FD):,} latents"
     return write_features(output.folder, columns, CacheSource(model or "", saved.saex["tap"], variant, summary.rows))
+
+
+def _is_residual(tap: str) -> bool:
+    """Whether what is written at ``tap`` is added to the residual stream, and so reaches the logits directly."""
+    return tap == "embed" or tap.rpartition(".")[2] in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 def _histograms(summary: Summary) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -14,14 +14,14 @@ from jaxtyping import Int64
 from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import read_sae
 from saex_pipe.common.formats.folder import Folder
-from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.inference import Sae, SparseCodes
 from saex_pipe.common.sae.saelens import from_saelens
 from saex_pipe.stages.cache.summary import Codes, Examples, Summary, summarise
 
 PARTS = "parts/"
 _SUMMARY = "parts/summary.npz"
 _BATCH_ROWS = 2048
-_CODES_LIMIT = 512  # codes kept a row where the variant does not bound them
+_FIRST_LIMIT = 256  # codes asked for a row where the variant does not bound them; more are asked for when they fire
 _EXAMPLES_AT_ONCE = 4096
 
 
@@ -75,16 +75,16 @@ class CacheWork:
         acts_NLD = store.acts(tap, windows)
         flat = np.flatnonzero(store.keep(windows))
         rows_BD = acts_NLD.reshape(-1, acts_NLD.shape[-1])[flat]
-        parts = []
+        parts = [(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int32))]
         for start in range(0, len(rows_BD), _BATCH_ROWS):
             batch_BD = rows_BD[start : start + _BATCH_ROWS]
             padded_BD = np.pad(batch_BD, ((0, _BATCH_ROWS - len(batch_BD)), (0, 0)))
-            found = sae.codes_sparse(padded_BD, limit=min(_CODES_LIMIT, sae.latents))
-            parts.append([np.asarray(array)[: len(batch_BD)] for array in (found.values_BK, found.latents_BK)])
+            found = _all_codes(sae, padded_BD)
+            parts.append((np.asarray(found.values_BK)[: len(batch_BD)], np.asarray(found.latents_BK)[: len(batch_BD)]))
         codes = Codes(
             flat.astype(np.int64) + windows.start * store.info.window_length,
-            np.concatenate([values for values, _ in parts]).astype(np.float32),
-            np.concatenate([latents for _, latents in parts]).astype(np.int32),
+            _stacked([values_BK for values_BK, _ in parts]),
+            _stacked([latents_BK for _, latents_BK in parts]),
         )
         folder.write_arrays(codes_name(shard), codes._asdict())
         return codes
@@ -129,10 +129,26 @@ class CacheWork:
         return _open(self.store, self.sae, self.digest)
 
 
+def _all_codes(sae: Sae, rows_BD: np.ndarray) -> SparseCodes:
+    """Every active latent of every row, in as few columns as a power of two allows."""
+    limit = min(_FIRST_LIMIT, sae.latents)
+    while True:
+        found = sae.codes_sparse(rows_BD, limit=limit)
+        most = int(np.max(found.active_B))
+        if most <= found.values_BK.shape[1]:
+            return found
+        limit = min(1 << (most - 1).bit_length(), sae.latents)
+
+
+def _stacked(parts: list[np.ndarray]) -> np.ndarray:
+    """Batches of rows one below the other; missing columns are zero, which is padding."""
+    columns = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(part, ((0, 0), (0, columns - part.shape[1]))) for part in parts])
+
+
 def _activations(codes: Codes, feature_E1: np.ndarray, keys_EC: np.ndarray) -> np.ndarray:
     """Activation of each example's feature at the tokens ``keys_EC``, 0 where the token is no row."""
-    row = np.searchsorted(codes.keys_B, keys_EC)
-    row = np.minimum(row, len(codes.keys_B) - 1)
+    row = np.minimum(np.searchsorted(codes.keys_B, keys_EC), len(codes.keys_B) - 1)
     is_row = codes.keys_B[row] == keys_EC
     same = codes.latents_BK[row] == feature_E1[..., None]
     return np.where(is_row, (codes.values_BK[row] * same).sum(axis=-1), 0)

@@ -152,9 +152,10 @@ def _info(config: Config, tokenizer: Tokenizer, layout: Layout, documents: int) 
         packing=config.packing,
         shard_windows=max(1, min(_SHARD_TOKENS // config.window_length, layout.windows)),
         tokenizer={
-            "uri": config.tokenizer,
+            "uri": resources.absolute(config.tokenizer),
             "digest": tokenizer.digest,
             "vocabulary": tokenizer.vocabulary,
+            "largest_id": tokenizer.largest_id,
             "bos": tokenizer.bos,
             "eos": tokenizer.eos,
             "pad": tokenizer.pad,

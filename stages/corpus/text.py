@@ -75,7 +75,8 @@ def _text_of(record: Any, uri: str, number: int, text_field: str) -> str:
             f"{uri}: line {number} has no text in field {text_field!r}",
             f"set corpus.text_field; its fields are {fields}",
         )
-    return text
+    # JSON can spell half of a surrogate pair, which is no text.
+    return text.encode("utf-8", "replace").decode()
 
 
 def _parquet_rows(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:

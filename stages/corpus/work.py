@@ -53,8 +53,7 @@ class CorpusWork:
 
     def read_source(self, source: int, wanted: frozenset[int]) -> Iterator[tuple[int, tuple[int, str]]]:
         """Yield ``(batch, (place, text))`` for the documents of one source that are in the batches ``wanted``."""
-        order = _read_order(self.out, self.digest)
-        places = np.argsort(order.documents)
+        order, places = _read_order(self.out, self.digest), _places(self.out, self.digest)
         for i, text in enumerate(self._texts(source)):
             place = int(places[int(order.source_starts[source]) + i])
             batch = int(np.searchsorted(order.cuts, place, side="right")) - 1
@@ -95,6 +94,12 @@ def _read_order(out: str, digest: str) -> Order:
     arrays = Folder(out).read_arrays(ORDER)
     assert arrays is not None, "the order is written before any document is tokenised"
     return Order(**arrays)
+
+
+@lru_cache(maxsize=1)
+def _places(out: str, digest: str) -> np.ndarray:
+    """The place of each document in the order."""
+    return np.argsort(_read_order(out, digest).documents)
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """Scores of an SAE on rows it was never trained on."""
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.formats.tokens import TokenStore
 from saex_pipe.common.formats.toy_truth import read_dictionary
 from saex_pipe.common.llm import taps as tap_names
+from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.load import load_model
 from saex_pipe.common.metrics_log import Progress, progress
 from saex_pipe.common.preemption import StopRequest, graceful_stop
@@ -40,9 +42,12 @@ def run(config: Config, *, force: bool = False) -> Manifest:
             return output.manifest
         saved = read_sae(config.sae)
         scores = _on_text(config, output, saved, stop) if config.store is None else _on_toy(config, output, saved, stop)
+        # JSON has no NaN: a score without a value, such as the share of no difference, is null.
+        scores = {name: None if value is not None and math.isnan(value) else value for name, value in scores.items()}
         data = (json.dumps(scores, indent=1, sort_keys=True) + "\n").encode()
         output.folder.write("scores.json", data)
-        return output.finish(contents=scores, totals={"tokens": scores["tokens"], "rows": scores["rows"], "bytes": len(data)})
+        unit = "tokens" if config.store is None else "rows"
+        return output.finish(contents=scores, totals={unit: scores[unit], "bytes": len(data)})
 
 
 def _sae(saved: SavedSae, config: Config) -> Sae:
@@ -63,13 +68,14 @@ def _on_text(config: Config, output: StageOutput, saved: SavedSae, stop: StopReq
             "raise corpus.holdout_fraction or evaluate.max_tokens",
         )
     model = load_model(resources.fetch(config.model), dtype=config.compute_dtype)
-    taps = Taps(config.tap or saved.saex["tap"], config.tap or saved.saex["target_tap"])
-    _check_fits(taps, saved, model.architecture)
+    model.architecture.check_largest_id(corpus.info.tokenizer["largest_id"])
+    taps = _taps(config, saved, model.architecture)
     sae, policy = _sae(saved, config), RowPolicy.from_json(saved.saex["row_policy"])
-    base = resume_place(taps.tap, model.architecture.layers)
-    capture, score = make_capture(taps, base), make_scorer(taps, base)
+    base = resume_place(taps, model.architecture)
+    capture = make_capture([*([] if base is None else [base]), *taps, *(policy.norm_limits or {})])
+    score = make_scorer(taps, base)
 
-    for bar, shard in _shards(config, output, windows, corpus.info.window_length, stop):
+    for bar, number, shard in _shards(config, output, windows, corpus.info.window_length, stop):
         sums = Sums({}, 0, Reconstruction())
         for start in range(0, len(shard), config.batch_windows):
             part = shard[start : start + config.batch_windows]
@@ -77,16 +83,20 @@ def _on_text(config: Config, output: StageOutput, saved: SavedSae, stop: StopReq
             missing = config.batch_windows - len(part)  # the last batch is filled up, so that it compiles once
             tokens_NL = np.pad(tokens_NL, ((0, missing), (0, 0)))
             padding_NL = np.pad(padding_NL, ((0, missing), (0, 0)), constant_values=True)
-            resid_NLD, found = capture(model, jnp.asarray(tokens_NL))
+            found = capture(model, jnp.asarray(tokens_NL))
             keep_NL = keep_rows(policy, tokens_NL, padding_NL, found)
-            scores = score(model, sae, tokens_NL, resid_NLD, found, keep_NL)
+            scores = score(model, sae, tokens_NL, found, keep_NL)
             sums = add_batch(sums, scores, keep_NL, padding_NL)
             bar.advance(len(part) * corpus.info.window_length)
         entry = {"nats": sums.nats, "predicted": sums.predicted, "reconstruction": sums.reconstruction.to_json()}
-        output.commit_shard(_shard_number(shard, windows, corpus.info.window_length), entry)
+        output.commit_shard(number, entry)
 
     entries = [entry for _, entry in sorted(output.ledger().items())]
     predicted = sum(entry["predicted"] for entry in entries)
+    if predicted == 0:
+        raise InputError(
+            f"no token of the {len(windows)} held-out windows is predicted by another", "give longer documents"
+        )
     nats = {name: sum(entry["nats"][name] for entry in entries) / predicted for name in entries[0]["nats"]}
     return _reconstruction_scores(entries, len(windows) * corpus.info.window_length) | {
         "ce_clean": nats["clean"],
@@ -108,7 +118,7 @@ def _on_toy(config: Config, output: StageOutput, saved: SavedSae, stop: StopRequ
     if not windows:
         raise InputError(f"{config.store} has no held-out windows", "raise toy.holdout_fraction or evaluate.max_tokens")
     sae = _sae(saved, config)
-    for bar, shard in _shards(config, output, windows, store.info.window_length, stop):
+    for bar, number, shard in _shards(config, output, windows, store.info.window_length, stop):
         reconstruction = Reconstruction()
         rows_BD = store.acts(tap, shard)[store.keep(shard)].astype(np.float32)
         codes = sae.codes_sparse(rows_BD)
@@ -116,7 +126,6 @@ def _on_toy(config: Config, output: StageOutput, saved: SavedSae, stop: StopRequ
         fired_F[np.asarray(codes.latents_BK)[np.asarray(codes.values_BK) > 0]] = True
         reconstruction.add(rows_BD, np.asarray(sae.reconstruct(rows_BD)), np.asarray(codes.active_B), fired_F)
         bar.advance(len(shard) * store.info.window_length)
-        number = _shard_number(shard, windows, store.info.window_length)
         output.commit_shard(number, {"reconstruction": reconstruction.to_json()})
     entries = [entry for _, entry in sorted(output.ledger().items())]
     match = match_dictionary(dictionary_FD, saved.tensors["W_dec"])
@@ -126,31 +135,25 @@ def _on_toy(config: Config, output: StageOutput, saved: SavedSae, stop: StopRequ
 
 def _shards(
     config: Config, output: StageOutput, windows: range, window_length: int, stop: StopRequest
-) -> Iterator[tuple[Progress, range]]:
-    """The shards that are not in the ledger yet, with the progress bar over all tokens."""
-    size = _windows_per_shard(window_length)
+) -> Iterator[tuple[Progress, int, range]]:
+    """The shards that are not in the ledger yet: the progress bar over all tokens, number and windows."""
+    size = max(config.batch_windows, _SHARD_TOKENS // window_length)
     cut = [windows[start : start + size] for start in range(0, len(windows), size)]
     finished = output.ledger()
     done = sum(len(part) for number, part in enumerate(cut) if number in finished) * window_length
     with progress("evaluating", len(windows) * window_length, "tokens", done=done, log=output.metrics) as bar:
         for number, part in enumerate(cut):
             if number not in finished:
-                yield bar, part
+                yield bar, number, part
                 stop.raise_if_requested()
-
-
-def _windows_per_shard(window_length: int) -> int:
-    return max(1, _SHARD_TOKENS // window_length)
-
-
-def _shard_number(shard: range, windows: range, window_length: int) -> int:
-    return (shard.start - windows.start) // _windows_per_shard(window_length)
 
 
 def _reconstruction_scores(entries: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     merged = Reconstruction()
     for entry in entries:
         merged.include(Reconstruction.from_json(entry["reconstruction"]))
+    if merged.rows == 0:
+        raise InputError("no held-out token is a row by the policy the SAE was trained with", "hold out more text")
     return {
         "l0": merged.l0,
         "fvu": merged.fvu,
@@ -160,10 +163,20 @@ def _reconstruction_scores(entries: list[dict[str, Any]], tokens: int) -> dict[s
     }
 
 
-def _check_fits(taps: Taps, saved: SavedSae, architecture: Any) -> None:
+def _taps(config: Config, saved: SavedSae, architecture: Architecture) -> Taps:
+    """What is read and what is replaced: those of training, or for an autoencoder both ``config.tap``."""
+    taps = Taps(saved.saex["tap"], saved.saex["target_tap"])
+    if config.tap not in (None, taps.tap):
+        if taps.tap != taps.target:
+            raise InputError(
+                f"evaluate.tap = {config.tap!r}: the transcoder reads {taps.tap} and predicts {taps.target}",
+                "leave it unset",
+            )
+        taps = Taps(str(config.tap), str(config.tap))
     for tap, size in ((taps.tap, "d_in"), (taps.target, "d_out")):
         width, expected = tap_names.width(tap, architecture), saved.cfg.get(size, saved.cfg["d_in"])
         if width != expected:
             raise InputError(
                 f"{tap} has width {width}, the SAE was trained on width {expected}", "give the model it was trained on"
             )
+    return taps

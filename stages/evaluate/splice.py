@@ -4,7 +4,7 @@ Only tokens that are rows (``row_policy``) are replaced: the SAE was never train
 attention sinks, and replacing a sink by anything breaks the model. The blocks below the tap run once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.llm import taps as tap_names
+from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.cross_entropy import next_token_losses
 from saex_pipe.common.llm.decoder import Edit, apply
 from saex_pipe.common.llm.params import LanguageModel
@@ -47,31 +48,32 @@ class BatchScores(NamedTuple):
     fired_F: Array  # over the rows of the batch
 
 
-def make_capture(taps: Taps, base: str) -> Callable[[LanguageModel, Array], tuple[Array, dict[str, Array]]]:
-    """A compiled pass up to the taps: the residual stream to resume from, and the taps' values."""
+def make_capture(wanted: Iterable[str]) -> Callable[[LanguageModel, Array], dict[str, Array]]:
+    """A compiled pass that gives the values of the taps ``wanted``, which may repeat."""
+    taps = list(dict.fromkeys(wanted))
 
     @jax.jit
-    def capture(model: LanguageModel, tokens_NL: Int32[Array, "N L"]) -> tuple[Array, dict[str, Array]]:
-        wanted = list(dict.fromkeys((base, taps.tap, taps.target)))
-        found = apply(model, tokens_NL, taps=wanted, logits=False).taps
-        return found[base], found
+    def capture(model: LanguageModel, tokens_NL: Int32[Array, "N L"]) -> dict[str, Array]:
+        return apply(model, tokens_NL, taps=taps, logits=False).taps
 
     return capture
 
 
-def make_scorer(taps: Taps, base: str) -> Callable[..., BatchScores]:
-    """A compiled function ``(model, sae, tokens, resid, found, keep)`` to the scores of one batch."""
+def make_scorer(taps: Taps, base: str | None) -> Callable[..., BatchScores]:
+    """A compiled function ``(model, sae, tokens, found, keep)`` to the scores of one batch.
+
+    ``found`` holds the captured taps, ``base`` among them: the passes resume there, or at the embedding for None.
+    """
 
     @jax.jit
-    def score(
-        model: LanguageModel, sae: Sae, tokens_NL: Array, resid_NLD: Array, found: dict[str, Array], keep_NL: Array
-    ) -> BatchScores:
+    def score(model: LanguageModel, sae: Sae, tokens_NL: Array, found: dict[str, Array], keep_NL: Array) -> BatchScores:
         recon_NLD = sae.reconstruct(found[taps.tap])
+        resume_from = None if base is None else (base, found[base])
         codes = sae.codes_sparse(found[taps.tap].reshape(-1, found[taps.tap].shape[-1]))
 
         def final(edits: dict[str, Edit]) -> Array:
             wanted = (tap_names.FINAL_NORM,)
-            return apply(model, tokens_NL, taps=wanted, edits=edits, logits=False, resume_from=(base, resid_NLD)).taps[
+            return apply(model, tokens_NL, taps=wanted, edits=edits, logits=False, resume_from=resume_from).taps[
                 tap_names.FINAL_NORM
             ]
 
@@ -92,22 +94,22 @@ def make_scorer(taps: Taps, base: str) -> Callable[..., BatchScores]:
     return score
 
 
-def resume_place(tap: str, layers: int) -> str:
-    """The residual stream from which the passes above ``tap`` start: the last one that is not after it."""
+def resume_place(taps: Taps, architecture: Architecture) -> str | None:
+    """The last residual stream that is not after either tap, from which passes with an edit start; None: the start."""
+    tap = min(taps, key=lambda name: tap_names.parse(name, architecture))
     if tap == tap_names.EMBED:
-        return "blocks.0.resid_pre"
+        return None
     if tap == tap_names.FINAL_NORM:
-        return f"blocks.{layers - 1}.resid_post"
+        return f"blocks.{architecture.layers - 1}.resid_post"
     return f"blocks.{tap.split('.')[1]}.resid_pre"
 
 
 def keep_rows(
     policy: RowPolicy, tokens_NL: np.ndarray, padding_NL: np.ndarray, found: Mapping[str, Array]
 ) -> Bool[np.ndarray, "N L"]:
-    """Which tokens are rows, by the policy the SAE's store was made with."""
-    norms = {tap: np.linalg.norm(np.asarray(found[tap]), axis=-1) for tap in policy.norm_limits or {} if tap in found}
-    limits = {tap: limit for tap, limit in (policy.norm_limits or {}).items() if tap in norms}
-    return RowPolicy(policy.special_ids, policy.positions, limits).keep(tokens_NL, padding_NL, norms)
+    """Which tokens are rows, by the policy the SAE's store was made with; ``found`` holds all the taps it limits."""
+    norms = {tap: np.linalg.norm(np.asarray(found[tap]), axis=-1) for tap in policy.norm_limits or {}}
+    return policy.keep(tokens_NL, padding_NL, norms)
 
 
 class Sums(NamedTuple):

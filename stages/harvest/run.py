@@ -1,5 +1,6 @@
 """Token windows through the language model to the activation store."""
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -96,13 +97,7 @@ def _write(
 def _check(config: Config, corpus: TokenStore, architecture: Architecture) -> None:
     tap_names.validate(config.taps, architecture)
     architecture.check_window_length(corpus.info.window_length)
-    vocabulary = corpus.info.tokenizer["vocabulary"]
-    if vocabulary > architecture.vocabulary:
-        raise InputError(
-            f"{config.tokens} was made with a tokenizer of {vocabulary:,} tokens, {config.model} embeds "
-            f"{architecture.vocabulary:,}",
-            "set corpus.tokenizer to the model's own",
-        )
+    architecture.check_largest_id(corpus.info.tokenizer["largest_id"])
     if outside := [p for p in config.drop_positions if not 0 <= p < corpus.info.window_length]:
         raise InputError(
             f"harvest.drop_positions = {list(config.drop_positions)}: {outside[0]} is outside the window",
@@ -144,10 +139,19 @@ def _store_info(config: Config, corpus: TokenStore, architecture: Architecture, 
         window_length=corpus.info.window_length,
         taps=taps,
         dtype=config.store_dtype,
-        tiling=Tiling.for_bytes(window_bytes, windows, config.shard_windows, config.chunk_windows),
+        tiling=_tiling(config, window_bytes, windows),
         row_policy=policy,
-        source={"model": config.model, "tokenizer": corpus.info.tokenizer},
+        source={"model": resources.absolute(config.model), "tokenizer": corpus.info.tokenizer},
     )
+
+
+def _tiling(config: Config, window_bytes: int, windows: int) -> Tiling:
+    """The cut of the store; a shard that is not set by hand is whole batches, so that no pass runs half empty."""
+    tiling = Tiling.for_bytes(window_bytes, windows, config.shard_windows, config.chunk_windows)
+    if config.shard_windows is not None:
+        return tiling
+    step = math.lcm(tiling.chunk_windows, config.batch_windows)
+    return Tiling(-(-tiling.shard_windows // step) * step, tiling.chunk_windows)
 
 
 def _totals(info: StoreInfo, rows: int) -> dict[str, int]:

@@ -35,7 +35,7 @@ class Config(StageConfig):
         1, unit="rows", meaning="the dead-latent loss of topk reads every so-many-th row; its cost falls likewise", ge=1
     )
     dead_after_rows: int = setting(
-        10_000_000, unit="rows", meaning="a latent that has not fired for so long counts as dead", ge=1
+        10_000_000, unit="rows", meaning="a latent that has not fired for so long counts as dead", ge=1, le=1 << 30
     )
     sparsity_warmup_steps: int = setting(
         0, unit="steps", meaning="steps over which the sparsity penalty rises from 0", ge=0

@@ -42,7 +42,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         taps = _taps(config)
         store = ActivationStore(config.store, taps)
         tap, target = taps[0], taps[-1]
-        variant = _variant(config, store.info.taps[tap])
+        variant = _variant(config, store.info.taps[tap], transcoder=tap != target)
         scales = Normalisation(_scale(config, store, tap), _scale(config, store, target))
         steps = math.ceil(config.rows / config.batch_rows)
         optimiser = adam(config.learning_rate or variant.default_learning_rate(), steps)
@@ -81,21 +81,22 @@ def _taps(config: Config) -> tuple[str, ...]:
     return (tap,) if config.target_tap in (None, tap) else (tap, str(config.target_tap))
 
 
-def _variant(config: Config, width: int) -> Variant:
+def _variant(config: Config, width: int, *, transcoder: bool) -> Variant:
     if (config.latents is None) == (config.expansion is None):
         raise InputError(
             f"train.latents = {config.latents} and train.expansion = {config.expansion}", "set exactly one of the two"
         )
     latents = config.latents or max(1, round(width * (config.expansion or 0)))
     k = _DEFAULT_K if config.k is None and config.variant == "topk" else config.k
-    transcoder = config.target_tap not in (None, config.tap)
     return build(config.variant, latents, k, config.sparsity_coefficient, transcoder, config.auxiliary_stride)
 
 
 def _scale(config: Config, store: ActivationStore, tap: str) -> float:
-    mean_square = store.statistics(tap).mean_square_norm / store.info.taps[tap]
+    if store.rows == 0:
+        raise InputError(f"{config.store} has no training rows", "harvest again with more text or fewer drop_* rules")
     if config.normalise == "none":
         return 1.0
+    mean_square = store.statistics(tap).mean_square_norm / store.info.taps[tap]
     if mean_square == 0:
         raise InputError(f"every row of {tap} in {config.store} is zero", "harvest another tap")
     return float(1 / np.sqrt(mean_square))

@@ -26,9 +26,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
                 best = rank(cache, config.features)
                 page = index_page(cache, best, read_scores(config.scores)).encode()
             output.folder.write(PAGE, page)
-            output.finish(
-                contents={"best_features": best}, totals={"features_shown": len(best), "bytes": len(page)}
-            )
+            output.finish(contents={"best_features": best}, totals={"features_shown": len(best), "bytes": len(page)})
     assert output.manifest is not None  # finished above, or found
     if config.serve:
         with FeatureCache(Folder(config.cache)) as cache:

@@ -32,7 +32,7 @@ def recipe(place):
     return chain.with_assignments(
         recipe,
         [
-            f'harvest.taps=["{tiny_run.TAP}", "{PAIR[0]}", "{PAIR[1]}"]',
+            f'harvest.taps=["embed", "{tiny_run.TAP}", "{PAIR[0]}", "{PAIR[1]}"]',
             f"train.tap={tiny_run.TAP}",
             "harvest.compute_dtype=float32",
             "evaluate.compute_dtype=float32",
@@ -59,13 +59,12 @@ def direct(place, out, target):
     policy = saved.saex["row_policy"]
     found = {}
     with jax.default_matmul_precision("highest"):
-        taps = tuple(dict.fromkeys((tap, target)))
+        taps = tuple(dict.fromkeys((tap, target, *policy["norm_limits"])))
         clean = apply(model, tokens_NL, taps=taps)
         keep_NL = ~np.isin(tokens_NL, policy["special_ids"])
         keep_NL[:, policy["positions"]] = False
         for name, limit in policy["norm_limits"].items():
-            if name in clean.taps:
-                keep_NL &= np.linalg.norm(np.asarray(clean.taps[name]), axis=-1) <= limit
+            keep_NL &= np.linalg.norm(np.asarray(clean.taps[name]), axis=-1) <= limit
         recon_NLD = sae.reconstruct(clean.taps[tap])
         for name, new_NLD in (("sae", recon_NLD), ("zero", jnp.zeros_like(recon_NLD))):
             edit = {target: lambda value, _, new=new_NLD: jnp.where(jnp.asarray(keep_NL)[..., None], new, value)}
@@ -79,12 +78,12 @@ def direct(place, out, target):
     return ce, kl, fvu, keep_NL.sum()
 
 
-@pytest.mark.parametrize("transcoder", [False, True])
-def test_scores_equal_a_direct_computation(place, recipe, transcoder):
-    changes = [f"train.tap={PAIR[0]}", f"train.target_tap={PAIR[1]}"] if transcoder else []
-    out = place / f"run-{transcoder}"
+@pytest.mark.parametrize(("tap", "target"), [(tiny_run.TAP, tiny_run.TAP), PAIR, PAIR[::-1], ("embed", "embed")])
+def test_scores_equal_a_direct_computation(place, recipe, tap, target):
+    changes = [f"train.tap={tap}", *([f"train.target_tap={target}"] if target != tap else [])]
+    out = place / f"run-{tap}"
     scores = scores_of(chain.with_assignments(recipe, changes), out)
-    ce, kl, fvu, rows = direct(place, out, PAIR[1] if transcoder else tiny_run.TAP)
+    ce, kl, fvu, rows = direct(place, out, target)
     assert scores["rows"] == rows
     assert scores["l0"] == pytest.approx(4, abs=0.1)
     for name in ("clean", "sae", "zero"):
@@ -103,10 +102,21 @@ def test_a_store_without_held_out_windows_is_refused(recipe, tmp_path):
 
 
 def test_an_sae_of_another_width_is_refused(place, recipe, tmp_path):
-    scores_of(recipe, place / "run-False")
+    scores_of(recipe, place / f"run-{tiny_run.TAP}")
     other = chain.with_assignments(recipe, ["evaluate.tap=blocks.99.resid_pre"])
-    config = chain.configure(other, "evaluate", str(place / "run-False")).model_copy(
+    config = chain.configure(other, "evaluate", str(place / f"run-{tiny_run.TAP}")).model_copy(
         update={"out": str(tmp_path / "s")}
     )
     with pytest.raises(InputError, match=r"the model has no tap 'blocks.99.resid_pre'"):
+        chain.finish_stage(config, force=False)
+
+
+def test_a_transcoder_is_not_moved_to_another_tap(place, recipe, tmp_path):
+    pair = chain.with_assignments(recipe, [f"train.tap={PAIR[0]}", f"train.target_tap={PAIR[1]}"])
+    scores_of(pair, place / f"run-{PAIR[0]}")
+    named = chain.with_assignments(pair, [f"evaluate.tap={tiny_run.TAP}"])
+    config = chain.configure(named, "evaluate", str(place / f"run-{PAIR[0]}")).model_copy(
+        update={"out": str(tmp_path / "s")}
+    )
+    with pytest.raises(InputError, match=f"the transcoder reads {PAIR[0]} and predicts {PAIR[1]}"):
         chain.finish_stage(config, force=False)
