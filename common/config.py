@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, get_origin
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 import pydantic
 
@@ -105,20 +105,22 @@ def canonical_digest(value: Any) -> str:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``"key=value"`` to key and value. The value is read as TOML, and as a plain string where that fails."""
+    """``"key=value"`` to key and value. The value is read as TOML, ``none`` as None, all else as a plain string."""
     key, separator, raw = text.partition("=")
     if not separator or not key.strip():
         raise InputError(f"--set {text!r} is not of the form key=value", "write for instance --set k=32")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
-        value = raw
+        value = None if raw.strip() == "none" else raw
     return key.strip(), value
 
 
 def comma_list(config: type[StageConfig], name: str, value: Any) -> Any:
-    """Split ``"a,b"`` where field ``name`` takes a list; any other value passes unchanged."""
+    """Split ``"a,b"`` where field ``name`` takes a list; None is the word where it cannot be unset."""
     field = config.model_fields.get(name)
+    if value is None and field is not None and type(None) not in get_args(field.annotation):
+        value = "none"
     if field is not None and get_origin(field.annotation) is tuple:
         if isinstance(value, str):
             return [part.strip() for part in value.split(",")]

@@ -16,12 +16,17 @@ _REMOTE_FLUSH_SECONDS = 60.0  # an object store cannot append: the whole log is 
 
 
 class MetricsLog:
-    """Appends events to ``metrics.jsonl`` in a local ``folder``, or through ``write_whole`` where there is none."""
+    """Appends events to ``metrics.jsonl`` in a local ``folder``. Where there is none, the object is written whole
+    through ``write_whole``, behind what an earlier run left in it (``read_whole``).
+    """
 
-    def __init__(self, folder: Path | None, write_whole: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, folder: Path | None, write_whole: Callable[[bytes], None], read_whole: Callable[[], bytes | None]
+    ) -> None:
         self._folder = folder
-        self._write_whole = write_whole
-        self._lines: list[str] = []
+        self._write_whole, self._read_whole = write_whole, read_whole
+        self._written: bytes | None = None  # the object so far, None while it has not been read
+        self._lines: list[str] = []  # still held back
         self._flushed = time.monotonic()
 
     def event(self, **values: Any) -> None:
@@ -32,11 +37,15 @@ class MetricsLog:
 
     def _flush(self) -> None:
         self._flushed = time.monotonic()
-        if self._folder is None:
-            self._write_whole("".join(f"{line}\n" for line in self._lines).encode())
-            return
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.writelines(f"{line}\n" for line in self._lines)
+        text = "".join(f"{line}\n" for line in self._lines)
+        if self._folder is not None:
+            with (self._folder / "metrics.jsonl").open("a") as file:
+                file.write(text)
+        else:
+            if self._written is None:
+                self._written = self._read_whole() or b""
+            self._write_whole(self._written + text.encode())
+            self._written += text.encode()
         self._lines.clear()
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ _Force = Annotated[bool, typer.Option("--force", help="Replace results of other 
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Before the command: show the traceback of an error.")] = False,
 ) -> None:
     """Sparse autoencoders on language-model activations, as stages that can be killed and run again."""
 
@@ -73,6 +73,8 @@ def run(
 def _chosen(recipe: "Recipe", first: str | None, only: str | None) -> Sequence[str]:
     from saex_pipe.common.errors import InputError
 
+    if first is not None and only is not None:
+        raise InputError(f"--from {first} and --only {only} contradict each other", "give one of the two")
     for stage in (first, only):
         if stage is not None and stage not in recipe.stages:
             raise InputError(
@@ -160,7 +162,9 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
         known = _known_error(error)
         if known is not None:
             _fail(str(known), known.exit_status)
-        _fail(f"unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", 1)
+        _fail(
+            f"unexpected {type(error).__name__}: {_first_line(error)}; 'saex-pipe --debug COMMAND ...' shows where", 1
+        )
     finally:
         sys.unraisablehook, threading.excepthook = hooks
 
@@ -184,7 +188,9 @@ def _disk_error(error: OSError) -> SaexError:
 
     place = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return SaexError(f"{place}: the disk is full; free some space and run the same command again")
+        return InputError(f"{place}: the disk is full", "free some space and run the same command again")
+    if error.errno == errno.EFBIG:
+        return InputError(f"{place}: files may not grow that large here", "raise the limit (ulimit -f)")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"{place}: no permission", "change its rights or choose another place")
     return SaexError(f"{place}: {error.strerror}")

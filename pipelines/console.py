@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from rich.console import Console
 from rich.table import Table
 
-from saex_pipe.common.config import StageConfig, field_extra
+from saex_pipe.common.config import StageConfig, Upstream, field_extra
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import STARTED, Manifest
@@ -107,19 +108,42 @@ def _state(uri: str, name: str) -> tuple[str, ...] | None:
     return name, json.loads(started)["stage"], "unfinished", f"{shards} shards done", "", "", ""
 
 
+# Words for the limits of a setting, by their name in annotated_types.
+_LIMITS = {
+    "ge": "at least {}",
+    "gt": "above {}",
+    "le": "at most {}",
+    "lt": "below {}",
+    "min_length": "at least {} of them",
+    "max_length": "at most {} of them",
+}
+
+
 def print_settings(config: type[StageConfig]) -> None:
     """Every setting with its default, unit and meaning."""
-    print(f"{config.stage}: {(config.__doc__ or '').splitlines()[0]}\n")
+    print(f"{config.stage}: {(config.__doc__ or '').splitlines()[0].replace('``', '')}\n")
+    from_chain = {"out", *config.marked(Upstream)}
     for name, field in config.model_fields.items():
-        default = "required" if field.is_required() else json.dumps(field.default)
+        default = "none" if field.default is None else json.dumps(field.default) if not field.is_required() else ""
+        default = default or ("from the chain" if name in from_chain else "required")
         unit = field_extra(config, name)["unit"]
         limits = [
-            repr(m).partition("(")[2].rstrip(")") for m in field.metadata if type(m).__module__ == "annotated_types"
+            words.format(getattr(m, limit))
+            for m in field.metadata
+            for limit, words in _LIMITS.items()
+            if hasattr(m, limit)
         ]
         facts = ", ".join(part for part in (_type(field.annotation), unit, *limits) if part)
         print(f"{name} = {default}  ({facts})\n    {field.description}")
 
 
 def _type(annotation: Any) -> str:
+    """A type in words: choices one by one, None as it is written after ``--set``."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_type, get_args(annotation)))
+    if annotation is type(None):
+        return "none"
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
     return text.replace("typing.", "").replace("Annotated", "")

@@ -96,16 +96,21 @@ class ActivationWriter:
         for tap, acts_NLD in acts.items():
             rows_BD = acts_NLD[train_NL].astype(np.float32)
             if not np.isfinite(rows_BD).all():
-                raise SaexError(
-                    f"{tap} has values in windows {windows.start} to {windows.stop - 1} that {self.info.dtype} "
-                    "cannot hold; use --set harvest.store_dtype=bfloat16 or float32"
-                )
+                raise _not_finite(tap, windows, self.info.dtype, bool(np.isnan(rows_BD).any()))
             entry["statistics"][tap] = ActivationStatistics.of_rows(rows_BD).to_json()
             entry["crc32"][tap] = zlib.crc32(np.ascontiguousarray(acts_NLD).view(np.uint8).data)
             write_windows(self._acts[tap], windows, acts_NLD)
         write_windows(self._tokens, windows, tokens_NL)
         write_windows(self._keep, windows, keep_NL)
         return entry
+
+
+def _not_finite(tap: str, windows: range, dtype: str, has_nan: bool) -> SaexError:
+    """A conversion that overflows gives infinity, and only float16 is narrow enough for that."""
+    where = f"{tap} in windows {windows.start} to {windows.stop - 1}"
+    if dtype == "float16" and not has_nan:
+        return SaexError(f"{where} has values that float16 cannot hold; set store_dtype to bfloat16 or float32")
+    return SaexError(f"{where}: the model's activations at this tap are not finite; try compute_dtype=float32")
 
 
 def merged_contents(info: StoreInfo, ledger: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ fsync and rename; on an object store a single PUT.
 import io
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import numpy as np
 import tensorstore as ts
@@ -40,7 +42,8 @@ class Folder:
     def kvstore_spec(self, name: str = "") -> str:
         """The TensorStore URL of this folder, or of the sub-folder ``name``."""
         local = self.local_path()
-        base = f"file://{local}" if local is not None else self.uri
+        base = f"file://{quote(str(local))}" if local is not None else self.uri
+        name = quote(name) if local is not None else name
         return f"{base}/{name}/" if name else f"{base}/"
 
     def local_path(self) -> Path | None:
@@ -91,13 +94,18 @@ class Folder:
         return sorted(key.decode() for key in keys)
 
     def delete(self, prefix: str = "") -> None:
-        """Delete every object whose name starts with ``prefix``."""
+        """Delete every object whose name starts with ``prefix``; on a local disk no empty folders stay of them."""
         if (local := self.local_path()) is not None and not local.exists():
             return
         try:
             self._store.delete_range(ts.KvStore.KeyRange(prefix, _after(prefix))).result()
         except (ValueError, OSError) as error:
             explain_storage_error(error, self.uri, "deleted")
+        if local is not None:
+            for place, _, _ in os.walk(local / os.path.dirname(prefix), topdown=False):
+                if place != str(local) and f"{os.path.relpath(place, local)}/".startswith(prefix):
+                    with suppress(OSError):  # not empty
+                        os.rmdir(place)
 
 
 def _after(prefix: str) -> bytes:
@@ -111,13 +119,15 @@ def explain_storage_error(error: Exception, uri: str, action: str) -> NoReturn:
     if any(word in text for word in ("PERMISSION_DENIED", "Permission denied", "Read-only file system")):
         raise InputError(f"{uri} could not be {action}: no permission", "change its rights or choose another --out")
     if any(word in text for word in ("No space left", "Disk quota exceeded")):
-        raise SaexError(
-            f"{uri} could not be {action}: the disk is full; free some space and run the same command again"
+        raise InputError(
+            f"{uri} could not be {action}: the disk is full", "free some space and run the same command again"
         )
     if any(word in text for word in ("Not a directory", "non-directory", "Is a directory", "File exists")):
         raise InputError(f"{uri} could not be {action}: a file is in its way", "move that file or choose another --out")
     if "File too large" in text:
-        raise SaexError(f"{uri} could not be {action}: files may not grow that large here; raise the limit (ulimit -f)")
+        raise InputError(
+            f"{uri} could not be {action}: files may not grow that large here", "raise the limit (ulimit -f)"
+        )
     if action == "opened" and "NOT_FOUND" in text:
         raise SaexError(f"{uri} is missing or lacks its zarr.json; delete the stage's folder and run it again")
     if "DATA_LOSS" in text or "checksum" in text.lower():

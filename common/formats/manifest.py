@@ -7,7 +7,7 @@
 The digest covers the stage, its schema version, the settings that change the result, the digests of the
 upstream outputs and the identities of outside files. A folder with the same digest is continued or, when it
 has a manifest, left alone; one with another digest is refused, naming the fields, unless ``force`` is given:
-then the new output grows in ``NAME.new`` beside it and replaces the old one when it is complete.
+then the new output grows in ``.NAME.saex-new`` beside it and replaces the old one when it is complete.
 """
 
 import json
@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -31,6 +31,7 @@ from saex_pipe.common.metrics_log import MetricsLog
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 METRICS = "metrics.jsonl"
+_WORK = ("ledger/", "parts/", "state/")  # what the next run of the same stage goes on from
 _TOOLS = ("saex-pipe", "jax", "jaxlib", "flax", "optax", "tensorstore", "zarr", "transformers", "gguf", "apache-beam")
 
 
@@ -43,7 +44,6 @@ class Manifest:
     digest: str
     fingerprint: dict[str, Any]  # what the digest is taken of, by field
     config: dict[str, Any]
-    inputs: dict[str, str]  # field -> URI, as given
     versions: dict[str, str]
     contents: dict[str, Any]  # geometry and statistics, by stage
     totals: dict[str, Any]  # counts with their unit in the name
@@ -57,8 +57,9 @@ class Manifest:
         if data is None:
             return None
         try:
-            return Manifest(**json.loads(data))
-        except (ValueError, TypeError):
+            found = json.loads(data)
+            return Manifest(**{name: found[name] for name in Manifest.__dataclass_fields__})
+        except (ValueError, TypeError, KeyError):
             raise InputError(
                 f"{folder.uri}/{MANIFEST} is not a manifest of this version of saex-pipe",
                 "delete the folder and run its stage again",
@@ -118,19 +119,20 @@ class StageOutput:
         self.target = target  # where the output will be found
         self.fields = fields
         self.manifest: Manifest | None = None  # set when the output is finished
-        self.metrics = MetricsLog(folder.local_path(), lambda data: folder.write(METRICS, data))
+        self.metrics = MetricsLog(
+            folder.local_path(), lambda data: folder.write(METRICS, data), lambda: folder.read(METRICS)
+        )
         self.resumed = folder.read(STARTED) is not None
         self._start = time.monotonic()
-
-    @property
-    def up_to_date(self) -> bool:
-        """Whether the folder already held this very output."""
-        return self.manifest is not None
 
     @property
     def digest(self) -> str:
         """The digest of this output."""
         return canonical_digest(self.fields)
+
+    def finished_shards(self) -> set[int]:
+        """Numbers of the shards finished so far, by the names of their entries alone."""
+        return {_shard_number(name) for name in self.folder.list("ledger/")}
 
     def ledger(self) -> dict[int, dict[str, Any]]:
         """The entries of the shards finished so far, by shard number."""
@@ -138,7 +140,7 @@ class StageOutput:
         for name in self.folder.list("ledger/"):
             data = self.folder.read(name)
             if data is not None:
-                entries[int(name.removeprefix("ledger/").removesuffix(".json"))] = self._parsed_entry(name, data)
+                entries[_shard_number(name)] = self._parsed_entry(name, data)
         return entries
 
     def _parsed_entry(self, name: str, data: bytes) -> dict[str, Any]:
@@ -156,9 +158,6 @@ class StageOutput:
 
     def finish(self, *, contents: dict[str, Any], totals: dict[str, Any]) -> Manifest:
         """Write the manifest, which makes the output finished."""
-        inputs = {
-            name: getattr(self.config, name) for name in (*self.config.marked(Upstream), *self.config.marked(Resource))
-        }
         self.metrics.close()
         manifest = Manifest(
             stage=self.config.stage,
@@ -166,7 +165,6 @@ class StageOutput:
             digest=self.digest,
             fingerprint=self.fields,
             config=self.config.model_dump(mode="json"),
-            inputs=inputs,
             versions=_versions(),
             contents=contents,
             totals=totals,
@@ -176,6 +174,10 @@ class StageOutput:
         self.folder.write(MANIFEST, json.dumps(manifest.__dict__, indent=1, sort_keys=True).encode())
         self.manifest = manifest
         return manifest
+
+
+def _shard_number(name: str) -> int:
+    return int(name.removeprefix("ledger/").removesuffix(".json"))
 
 
 def commit_shard(folder: Folder, shard: int, entry: dict[str, Any]) -> None:
@@ -212,11 +214,12 @@ def stage_output(config: StageConfig, *, force: bool = False) -> Iterator[StageO
     try:
         yield output
     except BaseException as error:
+        with suppress(OSError, SaexError):  # such as a disk that is full: what it was raised for says more
+            output.metrics.close()
         if _is_worthless(output, error):
             _discard(output.folder)
         raise
-    finally:
-        output.metrics.close()
+    output.metrics.close()
     if output.folder is staging and output.manifest is not None:
         _replace(staging, target)
         output.folder = target
@@ -232,7 +235,16 @@ def finished_output(config: StageConfig) -> Manifest | None:
 
 
 def _staging(config: StageConfig) -> Folder:
-    return Folder(f"{config.out.rstrip('/')}.new")
+    return _beside(Folder(config.out), "saex-new")
+
+
+def _beside(folder: Folder, role: str) -> Folder:
+    """A folder of a name that nobody else gives, in the parent of ``folder``."""
+    local = folder.local_path()
+    if local is not None:
+        return Folder(str(local.with_name(f".{local.name}.{role}")))
+    parent, _, name = folder.uri.rpartition("/")
+    return Folder(f"{parent}/.{name}.{role}")
 
 
 def _is_worthless(output: StageOutput, error: BaseException) -> bool:
@@ -242,8 +254,8 @@ def _is_worthless(output: StageOutput, error: BaseException) -> bool:
     except SaexError:
         return False
     if isinstance(error, InputError) and not output.resumed:
-        return not any(name.startswith("ledger/") for name in names)
-    return {*names} <= {STARTED, METRICS}
+        return not any(name.startswith(_WORK) for name in names)
+    return all(name in (STARTED, METRICS) or name.rpartition("/")[2] == "zarr.json" for name in names)
 
 
 def _discard(folder: Folder) -> None:
@@ -286,26 +298,25 @@ def _settle_replacement(staging: Folder, target: Folder, digest: str) -> None:
     manifest = Manifest.read(staging)
     if manifest is not None and manifest.digest == digest:
         _replace(staging, target)
-    local = target.local_path()
-    if local is not None and (grave := _grave(local)).exists():
-        if local.exists():
-            shutil.rmtree(grave)
-        else:
+    local, grave = target.local_path(), _grave(target)
+    if local is not None and grave is not None and grave.exists():
+        if not local.exists():
             grave.rename(local)
+        elif Manifest.read(target) is not None:
+            shutil.rmtree(grave)
 
 
-def _grave(local: Path) -> Path:
-    """Where the old output lies while the new one takes its place."""
-    return local.with_name(f"{local.name}.old")
+def _grave(target: Folder) -> Path | None:
+    """Where the old output lies while the new one takes its place on a local disk."""
+    return _beside(target, "saex-old").local_path()
 
 
 def _replace(staging: Folder, target: Folder) -> None:
     """Put the finished ``staging`` in the place of ``target``. Interrupted anywhere, it can be run again:
     the staging manifest goes last, and without a target manifest nobody takes the target for finished.
     """
-    old, new = target.local_path(), staging.local_path()
-    if old is not None and new is not None:
-        grave = _grave(old)
+    old, new, grave = target.local_path(), staging.local_path(), _grave(target)
+    if old is not None and new is not None and grave is not None:
         if old.exists():
             shutil.rmtree(grave, ignore_errors=True)
             old.rename(grave)

@@ -7,6 +7,7 @@ crc32c, and a shard that was never written is an error when read, never zeros.
 import json
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
@@ -117,4 +118,5 @@ def read_windows(array: Any, windows: range) -> np.ndarray:
 
 
 def _url(array: Any) -> str:
-    return str(array.kvstore.url).removeprefix("file://").rstrip("/")
+    url = str(array.kvstore.url).rstrip("/")
+    return unquote(url.removeprefix("file://")) if url.startswith("file://") else url

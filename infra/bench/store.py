@@ -80,7 +80,7 @@ def measure(root: Path, runs: int, shards: int) -> None:
             i: writer.write_shard(part, tokens_NL, keep_NL, {"tap": acts_NLD})
             for i, part in enumerate(info.tiling.shards(windows))
         }
-        manifest = Manifest("harvest", 1, "", {}, {}, {}, {}, merged_contents(info, ledger), {}, {}, "")
+        manifest = Manifest("harvest", 1, "", {}, {}, {}, merged_contents(info, ledger), {}, {}, "")
         Folder(str(root / "store")).write("manifest.json", json.dumps(manifest.__dict__).encode())
 
     def write_raw() -> None:

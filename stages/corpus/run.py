@@ -66,6 +66,7 @@ def _document_order(work: CorpusWork, output: StageOutput) -> Order:
     lengths_of = [found["lengths"] for name in names if (found := folder.read_arrays(name)) is not None]
     lengths = np.concatenate(lengths_of)
     if not lengths.any():
+        folder.delete(PARTS)  # of no use to any later run
         raise InputError(
             f"corpus.source = {list(config.source)} holds no text", "give at least one document that is not empty"
         )
@@ -105,6 +106,7 @@ def _tokenise_and_lay_out(work: CorpusWork, output: StageOutput, order: Order, m
         holdout_fraction=config.holdout_fraction,
     )
     if layout.windows == 0:
+        output.folder.delete(PARTS)
         raise InputError(
             f"the text has {int(token_counts.sum()):,} tokens, which fill no window of {config.window_length}",
             "give more text, set corpus.window_length lower or corpus.max_tokens higher",
@@ -129,7 +131,7 @@ def _tokenise_wave(work: CorpusWork, output: StageOutput, wave: range) -> list[n
 def _write_shards(work: CorpusWork, output: StageOutput, info: TokenStoreInfo, marks: Marks) -> None:
     create_token_arrays(output.folder, info.shape)
     shards = info.shape.tiling.shards(info.windows)
-    missing = sorted({*range(len(shards))} - {*output.ledger()})
+    missing = sorted({*range(len(shards))} - output.finished_shards())
     names = [f"ledger/{shard:06d}.json" for shard in range(len(shards))]
     with watched_progress("writing windows", names, "shards", output.folder.list, "ledger/", output.metrics):
         write = partial(work.write_shard, shape=info.shape, marks=marks)

@@ -139,7 +139,7 @@ def _shards(
     """The shards that are not in the ledger yet: the progress bar over all tokens, number and windows."""
     size = max(config.batch_windows, _SHARD_TOKENS // window_length)
     cut = [windows[start : start + size] for start in range(0, len(windows), size)]
-    finished = output.ledger()
+    finished = output.finished_shards()
     done = sum(len(part) for number, part in enumerate(cut) if number in finished) * window_length
     with progress("evaluating", len(windows) * window_length, "tokens", done=done, log=output.metrics) as bar:
         for number, part in enumerate(cut):

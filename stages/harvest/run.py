@@ -41,7 +41,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         writer = ActivationWriter(output.folder, info)
 
         shards = info.tiling.shards(info.windows)
-        finished = output.ledger()
+        finished = output.finished_shards()
         done = sum(len(shards[shard]) for shard in finished) * info.window_length
         total = info.windows * info.window_length
         with (

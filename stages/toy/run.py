@@ -34,7 +34,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
             tiling=info.tiling,
         )
         shards = info.tiling.shards(info.windows)
-        finished = output.ledger()
+        finished = output.finished_shards()
         done = sum(len(shards[shard]) for shard in finished) * info.window_length
         with progress("generating", info.windows * info.window_length, "rows", done=done, log=output.metrics) as bar:
             for shard, windows in enumerate(shards):

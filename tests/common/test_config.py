@@ -67,6 +67,8 @@ def test_a_config_cannot_be_changed():
         ("flag=true", ("flag", True)),
         ("name=topk", ("name", "topk")),
         ('name="32"', ("name", "32")),
+        ("k=none", ("k", None)),
+        ('k="none"', ("k", "none")),
         ("list=[1, 2]", ("list", [1, 2])),
         ("uri=gs://b/x=y", ("uri", "gs://b/x=y")),
     ],
@@ -84,6 +86,12 @@ def test_comma_lists_are_for_list_settings_only():
     assert comma_list(Config, "shapes", "loaf, roll") == ["loaf", "roll"]
     assert comma_list(Config, "sizes", 3) == [3]
     assert comma_list(Config, "oven", "a,b") == "a,b"
+
+
+def test_none_unsets_what_may_be_unset_and_is_a_word_elsewhere():
+    assert comma_list(Config, "water", None) is None
+    assert comma_list(Config, "oven", None) == "none"
+    assert comma_list(Config, "shapes", None) == ["none"]
 
 
 def test_the_digest_depends_on_values_and_not_on_order():

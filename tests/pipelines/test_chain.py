@@ -58,7 +58,7 @@ def test_a_changed_setting_is_refused_by_name_and_force_redoes_what_depends_on_i
         }
     assert read_sae(f"{place}/sae").cfg["k"] == 5
     assert json.loads(Folder(f"{place}/scores").read("scores.json"))["l0"] == pytest.approx(5)
-    assert not any(part.endswith((".new", ".old")) for path in after for part in path.parts)
+    assert not any(part.endswith(("saex-new", "saex-old")) for path in after for part in path.parts)
 
 
 def test_another_place_takes_unchanged_stages_from_upstream(recipe, out, tmp_path):

@@ -1,6 +1,8 @@
 """The command line: help, recipes, settings, status, choosing stages, exit statuses, and how little it imports."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
-from saex_pipe.common.config import field_extra
+from saex_pipe.common.config import Upstream, field_extra
 from saex_pipe.pipelines import chain
 from saex_pipe.pipelines.cli import main
 
@@ -76,11 +78,24 @@ def test_every_setting_is_explained(stage, capsys):
     config = chain.config_class(stage)
     for name, field in config.model_fields.items():
         at = next(i for i, line in enumerate(lines) if line.startswith(f"{name} = "))
-        default = "required" if field.is_required() else json.dumps(field.default)
+        filled = name == "out" or name in config.marked(Upstream)
+        default = "from the chain" if filled else "required"
+        default = default if field.is_required() else "none" if field.default is None else json.dumps(field.default)
         assert lines[at].startswith(f"{name} = {default}  ("), lines[at]
         assert field_extra(config, name)["unit"] in lines[at]
         assert len(lines[at + 1].strip()) > 10, f"{stage}.{name} is not explained"
     assert len(lines) == 2 + 2 * len(config.model_fields)
+    assert not any(word in line for line in lines for word in ("``", "Literal", "ge=", "NoneType"))
+
+
+def test_limits_and_choices_are_in_words(capsys):
+    main(["config", "train"])
+    shown = capsys.readouterr().out
+    assert "rows = required  (int, rows, at least 1)" in shown
+    assert 'normalise = "mean_square"  (mean_square or none)' in shown
+    assert "k = none  (int or none, active latents per row, at least 1)" in shown
+    main(["config", "corpus"])
+    assert "at least 0, below 1)" in capsys.readouterr().out
 
 
 def test_status(recipe, out, tmp_path, capsys):
@@ -145,8 +160,24 @@ def test_debug_shows_the_traceback_before_the_line(capsys):
 def test_an_unexpected_error_is_one_line_too(monkeypatch, capsys):
     monkeypatch.setattr(chain, "recipe_names", lambda: 1 // 0)
     assert fails("recipes") == 1
-    line = "saex-pipe: unexpected ZeroDivisionError: integer division or modulo by zero; --debug shows where\n"
+    line = "saex-pipe: unexpected ZeroDivisionError: integer division or modulo by zero; "
+    line += "'saex-pipe --debug COMMAND ...' shows where\n"
     assert capsys.readouterr().err == line
+
+
+def test_from_and_only_together_are_refused(recipe, out, capsys):
+    assert fails("run", recipe, "--out", out, "--from", "train", "--only", "view") == 2
+    assert "--from train and --only view contradict each other; give one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_bad_input(code, monkeypatch, capsys):
+    def full():
+        raise OSError(code, os.strerror(code), "x")
+
+    monkeypatch.setattr(chain, "recipe_names", full)
+    assert fails("recipes") == 2
+    assert capsys.readouterr().err.startswith("saex-pipe: x: ")
 
 
 def test_help_imports_nothing_heavy():

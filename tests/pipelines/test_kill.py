@@ -44,7 +44,7 @@ class Chain:
         }
         self.result = contents(self.out)
         assert {"sae/sae_weights.safetensors", "scores/scores.json"} <= {*self.result}
-        assert not [name for name in self.result if re.search(r"parts/|__lock|tmp|\.new/|\.old/", name)]
+        assert not [name for name in self.result if re.search(r"parts/|__lock|tmp|\.saex-new/|\.saex-old/", name)]
         shutil.rmtree(self.out)
 
     @property

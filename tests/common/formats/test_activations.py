@@ -46,7 +46,7 @@ def write_store(path, dtype="float32", order=None):
         part = slice(shards[shard].start, shards[shard].stop)
         entry = writer.write_shard(shards[shard], tokens_NL[part], keep_NL[part], {t: v[part] for t, v in acts.items()})
         ledger[shard] = json.loads(json.dumps(entry))
-    manifest = Manifest("harvest", 1, "d", {}, {}, {}, {}, merged_contents(info, ledger), {}, {}, "")
+    manifest = Manifest("harvest", 1, "d", {}, {}, {}, merged_contents(info, ledger), {}, {}, "")
     folder.write("manifest.json", json.dumps(manifest.__dict__).encode())
     return str(path)
 

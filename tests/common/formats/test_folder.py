@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from saex_pipe.common.errors import InputError
-from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.formats.folder import Folder, explain_storage_error
+from saex_pipe.common.formats.zarr_array import Tiling, create_array, open_array, read_windows, write_windows
 
 
 def test_objects_are_written_read_listed_and_deleted(tmp_path):
@@ -17,6 +18,37 @@ def test_objects_are_written_read_listed_and_deleted(tmp_path):
     assert folder.child("sub").read("y") == b"2"
     folder.delete("sub/")
     assert folder.list() == ["x"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x"], "no empty folder stays"
+
+
+def test_only_folders_below_the_prefix_are_removed(tmp_path):
+    folder = Folder(str(tmp_path))
+    for name in ("parts/a/x", "parts/b", "other/y"):
+        folder.write(name, b"1")
+    (tmp_path / "empty").mkdir()
+    folder.delete("parts/a/")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "empty", "other", "parts", "y"]
+    folder.delete("parts/")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "other"]
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a b", "é"])
+def test_any_local_path_is_taken_as_it_is(name, tmp_path):
+    folder = Folder(str(tmp_path / name))
+    folder.write("x", b"1")
+    array = create_array(folder, "t#1", shape=(2, 1), dtype="int32", tiling=Tiling(1, 1), axes="NL")
+    write_windows(array, range(1), np.ones((1, 1), np.int32))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["t#1", "x"]
+    with pytest.raises(SaexError) as caught:
+        read_windows(open_array(folder, "t#1"), range(1, 2))
+    assert str(caught.value).startswith(f"{tmp_path}/{name}/t#1 lacks the shard")
+
+
+@pytest.mark.parametrize("text", ["No space left on device", "Disk quota exceeded", "File too large"])
+def test_a_full_disk_is_bad_input(text):
+    with pytest.raises(InputError):
+        explain_storage_error(OSError(text), "x", "written")
 
 
 def test_arrays_survive(tmp_path):

@@ -125,7 +125,7 @@ def write_manifest(folder: Folder, stage: str) -> None:
     """What the view stage asks of an upstream folder: finished, by that stage, with a digest."""
     empty: dict[str, Any] = {}
     fields = {"stage": stage, "schema_version": 1, "digest": f"{stage} digest", "finished_at": "2024-01-01T00:00:00"}
-    others = ("fingerprint", "config", "inputs", "versions", "contents", "totals", "timings")
+    others = ("fingerprint", "config", "versions", "contents", "totals", "timings")
     folder.write("manifest.json", json.dumps(fields | dict.fromkeys(others, empty)).encode())
 
 
