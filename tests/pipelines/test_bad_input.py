@@ -407,7 +407,7 @@ DAMAGE = {  # id: (what is done, the command line, exit status, the line)
         lambda p: tiny_run.write_model(p.tmp / "small", vocabulary=300),
         HARVEST + " --set model={tmp}/small",
         2,
-        r"corpus was made with a tokenizer of \d+ tokens, {tmp}/small embeds 300; set corpus.tokenizer to the",
+        r"the tokenizer's largest id \d+ does not fit the model's 300 embeddings; use the model's own tokenizer",
     ),
     "window above the model's context": (
         lambda p: main(["corpus", str(p.recipe), "--out", str(p.new), "--set", "window_length=129"]),
