@@ -23,7 +23,7 @@ SCORES: dict[str, tuple[str, bool, str]] = {
         True,
         "of the language model's skill survives when its activations pass through the SAE; 100 % is all of it",
     ),
-    "dead_fraction": ("Dead", True, "of the latents never fire"),
+    "dead_fraction": ("Dead", True, "of the latents never fire on the rows scored"),
     "recovered_fraction": ("Truth recovered", True, "of the true features have a latent that points their way"),
     "mean_max_cosine_true": (
         "Match",
