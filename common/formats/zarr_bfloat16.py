@@ -4,6 +4,7 @@ Registered through the entry point ``zarr.data_type`` in pyproject.toml, which z
 zarr 3.1, the last for Python 3.11, importing this module registers it.
 """
 
+import importlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,10 +15,10 @@ from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.core.dtype.npy.common import float_from_json_v3, float_to_json_v3
 from zarr.core.dtype.wrapper import ZDType
 
-try:
-    from zarr.errors import DataTypeValidationError
-except ImportError:  # zarr 3.1, the last for Python 3.11
-    from zarr.dtype import DataTypeValidationError  # type: ignore[no-redef]
+_home = importlib.import_module("zarr.errors")
+if not hasattr(_home, "DataTypeValidationError"):  # zarr 3.1, the last for Python 3.11
+    _home = importlib.import_module("zarr.dtype")
+DataTypeValidationError: type[Exception] = _home.DataTypeValidationError
 
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 
