@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -19,9 +19,6 @@ from jaxtyping import Int
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.resources import cache_folder
-
-if TYPE_CHECKING:
-    from saex_pipe.common.llm.architecture import Architecture
 
 # Part of the cache key: raise it when the conversion from GGUF changes.
 _CONVERSION = 1
@@ -81,10 +78,6 @@ class Tokenizer:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)]).decode("utf-8", errors="backslashreplace")
         return piece.replace("▁", " ")
-
-    def check_fits(self, architecture: "Architecture") -> None:
-        """Raise an ``InputError`` where a token's id has no row in the model's embedding."""
-        architecture.check_largest_id(self.largest_id)
 
     @cached_property
     def _is_byte_level(self) -> bool:

@@ -89,9 +89,9 @@ def test_it_fits_the_model_or_is_refused(smollm2, quickstart_path):
     from dataclasses import replace
 
     architecture = read_architecture(quickstart_path)
-    smollm2.check_fits(architecture)
+    architecture.check_largest_id(smollm2.largest_id)
     with pytest.raises(InputError, match="largest id 49151 does not fit the model's 49151 embeddings"):
-        smollm2.check_fits(replace(architecture, vocabulary=49151))
+        replace(architecture, vocabulary=49151).check_largest_id(smollm2.largest_id)
 
 
 @pytest.fixture
