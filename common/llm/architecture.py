@@ -1,16 +1,25 @@
 """What a decoder looks like: the numbers that a configuration file fixes, whatever the file calls them."""
 
-import difflib
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.llm.families import FAMILIES, Family
+from saex_pipe.common.llm.rope import Rope
+
+# Names in configuration files, to those of jax.nn (see decoder.activate).
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Shape and constants of a decoder-only transformer. Hashable, so that jit can take it as a static value."""
 
@@ -24,8 +33,36 @@ class Architecture:
     vocabulary: int  # rows of the embedding (V)
     max_positions: int  # the longest window the model was trained for, tokens
     norm_epsilon: float
-    rope_theta: float
     tied_embeddings: bool
+
+    activation: str  # of the MLP, a value of ACTIVATIONS
+    gated: bool  # the MLP multiplies the activated gate with a second projection
+    layer_norms: bool  # mean removed, with a bias; else root-mean-square norms
+    parallel: bool  # attention and MLP both read the block's input
+    post_norms: bool  # norms also on what attention and MLP add
+    qk_norms: bool  # norms on every query and key head
+    qkv_bias: bool
+    attn_out_bias: bool
+    mlp_bias: bool
+    scales_embedding: bool  # by the square root of the width
+
+    rope: Rope | None  # None: learned positions
+    local_rope: Rope | None = None  # of sliding layers, where it is another
+    sliding_window: int = 0  # tokens that a sliding layer sees, this one included; 0: none slides
+    sliding: tuple[bool, ...] = ()  # by layer; empty: none
+    query_scalar: float = 0.0  # scores are divided by its square root; 0: head_dim
+    attention_cap: float = 0.0  # scores s become cap * tanh(s / cap); 0: no cap
+    logit_cap: float = 0.0
+
+    @property
+    def query_scale(self) -> float:
+        """The factor on attention scores."""
+        return (self.query_scalar or self.head_dim) ** -0.5
+
+    @property
+    def embedding_scale(self) -> float:
+        """The factor on token embeddings."""
+        return math.sqrt(self.width) if self.scales_embedding else 1.0
 
     def check_largest_id(self, largest_id: int) -> None:
         """Raise an ``InputError`` where a token id has no row in the embedding."""
@@ -44,110 +81,64 @@ class Architecture:
             )
 
 
-def from_hugging_face(config: Mapping[str, Any], path: Path) -> Architecture:
-    """Read an ``Architecture`` from the fields of a Hugging Face ``config.json``; ``path`` is for messages."""
-    model_type = config.get("model_type")
-    family = next((family for family in FAMILIES.values() if model_type in family.hf_model_types), None)
-    if family is None:
-        raise InputError(f"{path}: model_type {model_type!r} is not one this version runs", _known("hf_model_types"))
-    config = {**config, **_default_rope(config, path)}
-    _check_fixed(config, family.hf_fixed, path)
-    known = {*family.hf_fields.values(), *family.hf_fixed, *family.hf_ignored, "model_type", "rope_parameters"}
-    _check_known(config, known, path)
-    values = {ours: config[theirs] for ours, theirs in family.hf_fields.items() if config.get(theirs) is not None}
-    return _build(family, values, family.hf_fields, path)
+def build(family: str, values: dict[str, object], names: dict[str, str], where: str) -> Architecture:
+    """An ``Architecture`` from the values that a file states, checked.
 
-
-def from_gguf(metadata: Mapping[str, Any], vocabulary: int, tied_embeddings: bool, path: Path) -> Architecture:
-    """Read an ``Architecture`` from GGUF metadata; the embedding's rows and tying come from the tensor list."""
-    name = metadata.get("general.architecture")
-    family = next((family for family in FAMILIES.values() if name in family.gguf_architectures), None)
-    if family is None:
-        raise InputError(f"{path}: architecture {name!r} is not one this version runs", _known("gguf_architectures"))
-    if int(metadata.get("split.count", 1)) > 1:
-        raise InputError(f"{path} is one part of a split GGUF file", "join the parts with llama-gguf-split --merge")
-    prefix = f"{name}."
-    fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    other = {key for key in metadata if not key.startswith((prefix, "general.", "tokenizer.", "split.", "GGUF."))}
-    _check_fixed(fields, family.gguf_fixed, path)
-    known = {*family.gguf_fields.values(), *family.gguf_repeated, *family.gguf_fixed}
-    _check_known({**fields, **dict.fromkeys(other)}, known, path)
-    values = {ours: fields[theirs] for ours, theirs in family.gguf_fields.items() if theirs in fields}
-    for theirs, ours in family.gguf_repeated.items():
-        if theirs in fields and values.setdefault(ours, fields[theirs]) != fields[theirs]:
-            raise InputError(
-                f"{path}: {theirs} = {fields[theirs]!r} where {ours} = {values[ours]!r} is not run by this version",
-                "only equal ones are",
-            )
-    stated = values.setdefault("vocabulary", vocabulary)
-    if stated != vocabulary:
-        raise InputError(f"{path}: vocab_size {stated} but {vocabulary} embedding rows", "get an intact copy of it")
-    values["tied_embeddings"] = tied_embeddings
-    return _build(family, values, family.gguf_fields, path)
-
-
-def _build(family: Family, values: dict[str, Any], names: Mapping[str, str], path: Path) -> Architecture:
-    """Fill in the family's defaults and check that the numbers make a model."""
-    values = {**family.defaults, **values}
-    values.setdefault("kv_heads", values.get("query_heads"))
-    if "head_dim" not in values and {"width", "query_heads"} <= values.keys():
-        values["head_dim"] = values["width"] // max(values["query_heads"], 1)
-    for field, kind in Architecture.__annotations__.items():
-        if field == "family":
-            continue
-        if field not in values:
-            raise InputError(f"{path}: '{names.get(field, field)}' is missing", "get an intact copy of the model")
-        value = values[field]
-        if kind is int and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{path}: {names.get(field, field)} = {value!r}", "it must be a whole number above 0")
-        if kind is float and (not isinstance(value, int | float) or not value > 0):
-            raise InputError(f"{path}: {names.get(field, field)} = {value!r}", "it must be a number above 0")
-        values[field] = kind(value)
-    architecture = Architecture(family=family.name, **values)
-    if architecture.query_heads % architecture.kv_heads:
+    Args:
+        family: its name.
+        values: by field of ``Architecture``.
+        names: what the file calls a field, for messages.
+        where: the file, for messages.
+    """
+    values = {name: value for name, value in values.items() if value is not None}
+    if isinstance(heads := values.get("query_heads"), int) and isinstance(width := values.get("width"), int):
+        values.setdefault("kv_heads", heads)
+        values.setdefault("head_dim", width // max(heads, 1))
+    hints = get_type_hints(Architecture)
+    for field, kind in hints.items():
+        if field in values and kind in (int, float, bool):
+            values[field] = _checked(field, values[field], kind, f"{where}: {names.get(field, field)}")
+    required = [field for field in hints if field not in {"family", *Architecture.__dict__}]
+    if missing := [field for field in required if field not in values and field != "rope"]:
         raise InputError(
-            f"{path}: {architecture.query_heads} query heads do not divide over {architecture.kv_heads} key/value "
-            "heads",
-            "get an intact copy of the model",
+            f"{where}: '{names.get(missing[0], missing[0])}' is missing", "get an intact copy of the model"
         )
-    if architecture.head_dim % 2:
-        raise InputError(f"{path}: head_dim {architecture.head_dim} is odd", "rotary positions need an even head_dim")
+    activation = values["activation"]
+    if activation not in ACTIVATIONS:
+        raise InputError(
+            f"{where}: {names.get('activation', 'activation')} = {activation!r} is not run by this version",
+            f"known ones are {', '.join(ACTIVATIONS)}",
+        )
+    values["activation"] = ACTIVATIONS[str(activation)]
+    values.setdefault("rope", None)
+    architecture = Architecture(family=family, **values)  # type: ignore[arg-type]
+    _check_heads(architecture, where)
     return architecture
 
 
-def _default_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """``rope_theta`` out of ``rope_parameters``, its home since transformers 5; any scaling is refused."""
-    rope = config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    extra = sorted(set(rope) - {"rope_type", "rope_theta"})
-    if kind != "default" or extra:
+_MAY_BE_ZERO = {"sliding_window", "query_scalar", "attention_cap", "logit_cap"}
+
+
+def _checked(field: str, value: object, kind: type, name: str) -> object:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise InputError(f"{name} = {value!r}", "it must be true or false")
+        return value
+    is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if not is_number or not (value > 0 or (value == 0 and field in _MAY_BE_ZERO)):  # type: ignore[operator]
+        raise InputError(f"{name} = {value!r}", f"it must be a {'whole number' if kind is int else 'number'} above 0")
+    return kind(value)
+
+
+def _check_heads(a: Architecture, where: str) -> None:
+    if a.query_heads % a.kv_heads:
         raise InputError(
-            f"{path}: rope_parameters {dict(rope)!r} are not run by this version",
-            "only rope_type 'default' with a rope_theta is",
+            f"{where}: {a.query_heads} query heads do not divide over {a.kv_heads} key/value heads",
+            "get an intact copy of the model",
         )
-    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-
-
-def _check_fixed(fields: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], path: Path) -> None:
-    for name, allowed in fixed.items():
-        if name in fields and fields[name] not in allowed:
+    for rope in (a.rope, a.local_rope):
+        if rope is not None and (rope.dims % 2 or not 0 < rope.dims <= a.head_dim):
             raise InputError(
-                f"{path}: {name} = {fields[name]!r} changes the activations and is not run by this version",
-                f"only {' or '.join(repr(value) for value in allowed)} is",
+                f"{where}: rotary positions over {rope.dims} of head_dim {a.head_dim} dimensions",
+                "they take an even number of them",
             )
-
-
-def _check_known(fields: Mapping[str, Any], known: set[str], path: Path) -> None:
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" (near '{near[0]}')" if near else ""
-        raise InputError(
-            f"{path}: field {unknown[0]!r} = {fields[unknown[0]]!r} is neither handled nor known to be harmless{hint}",
-            "use a model without it, or list it in common/llm/families.py with the reason why it may be ignored",
-        )
-
-
-def _known(attribute: str) -> str:
-    names = sorted(name for family in FAMILIES.values() for name in getattr(family, attribute))
-    return f"known ones are {', '.join(names)}"

@@ -1,47 +1,128 @@
-"""Rotary positions and causal attention with grouped heads."""
+"""Rotary positions, and causal attention with grouped heads, in memory that grows linearly with the window."""
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from saex_pipe.common.llm.rope import Rope
+
+# Queries and keys to a block: a matmul of some size, and scores that stay in the cache of a core.
+_BLOCK = 128
+# Below every score: what a query that has seen no key yet takes as its maximum.
+_NOTHING = -1e30
 
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Float[Array, "L half"], Float[Array, "L half"]]:
-    """Cosine and sine of position times frequency, float32; frequencies fall from 1 to about 1/theta.
+def rotary_tables(rope: Rope, length: int) -> tuple[Float[Array, "L half"], Float[Array, "L half"]]:
+    """Cosine and sine of position times frequency (float32, computed in float64), times the rope's magnitude."""
+    angle = np.arange(length, dtype=np.float64)[:, None] * rope.frequencies(length)
+    return (
+        jnp.asarray(np.cos(angle) * rope.magnitude, jnp.float32),
+        jnp.asarray(np.sin(angle) * rope.magnitude, jnp.float32),
+    )
 
-    Su et al. 2021, RoFormer, https://arxiv.org/abs/2104.09864, computed in float64.
-    """
-    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angle = np.arange(length, dtype=np.float64)[:, None] * frequency
-    return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
 
-
-def rotate(x_NLHd: Float[Array, "N L heads d"], tables: tuple[Array, Array]) -> Float[Array, "N L heads d"]:
-    """Turn the two halves of every head against each other by the position's angle."""
-    cosine, sine = (table[None, :, None, :] for table in tables)
-    first, second = jnp.split(x_NLHd, 2, axis=-1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+def rotate(x_NLGrd: Float[Array, "N L G r d"], tables: tuple[Array, Array]) -> Float[Array, "N L G r d"]:
+    """Turn the two halves of every head's leading dimensions against each other by the position's angle."""
+    cosine, sine = (table[None, :, None, None, :] for table in tables)
+    half = cosine.shape[-1]
+    first, second, rest = jnp.split(x_NLGrd, [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=-1)
 
 
 def causal_attention(
-    query_NLHd: Float[Array, "N L H d"],
+    query_NLGrd: Float[Array, "N L G r d"],
     key_NLGd: Float[Array, "N L G d"],
     value_NLGd: Float[Array, "N L G d"],
+    *,
+    scale: float,
+    cap: float,
+    window: Int[Array, ""] | int | None,
     dtype: jnp.dtype,
-) -> Float[Array, "N L H d"]:
-    """Softmax attention to this token and those before it; query head h reads key/value head h // (H / G).
+) -> Float[Array, "N L G r d"]:
+    """Softmax attention of the r queries of each key/value head to this token and those before it.
 
-    Matmul inputs are rounded to ``dtype``; scores, softmax and sums are float32.
+    Longer windows than a block go through the online softmax of Milakov and Gimelshein 2018
+    (https://arxiv.org/abs/1805.02867) block by block, as FlashAttention does (Dao et al. 2022,
+    https://arxiv.org/abs/2205.14135): scores exist for one pair of blocks at a time, and pairs that the mask hides
+    are left out.
+
+    Args:
+        query_NLGrd, key_NLGd, value_NLGd: heads, positions applied.
+        scale: factor on the scores.
+        cap: scores s become cap * tanh(s / cap); 0 for none.
+        window: tokens that a query sees, itself included; None for all before it.
+        dtype: that matmul inputs are rounded to; scores, softmax and sums are float32.
     """
-    windows, length, heads, head_dim = query_NLHd.shape
-    groups = key_NLGd.shape[2]
-    query = query_NLHd.reshape(windows, length, groups, heads // groups, head_dim) * head_dim**-0.5
-    scores = jnp.einsum(
-        "nqgrd,nkgd->ngrqk", query.astype(dtype), key_NLGd.astype(dtype), preferred_element_type=jnp.float32
-    )
-    visible = jnp.tril(jnp.ones((1, 1, 1, length, length), bool))
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    mixed = jnp.einsum(
-        "ngrqk,nkgd->nqgrd", weights.astype(dtype), value_NLGd.astype(dtype), preferred_element_type=jnp.float32
-    )
-    return mixed.reshape(windows, length, heads, head_dim)
+    windows, length, groups, repeats, head_dim = query_NLGrd.shape
+    block = min(_BLOCK, length)
+    blocks = -(-length // block)
+
+    def cut(x: Array) -> Array:
+        """[N, L, G, ...] to [blocks, N, G, ..., block, d], zeros at the end."""
+        x = jnp.pad(x, [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (x.ndim - 2)).astype(dtype)
+        x = x.reshape(windows, blocks, block, *x.shape[2:])
+        return jnp.moveaxis(jnp.moveaxis(x, 2, -2), 1, 0)
+
+    pairs = _Pairs(cut(key_NLGd), cut(value_NLGd), block, cap, window)
+    queries = cut(query_NLGrd * scale)
+    if blocks == 1:
+        mixed = _attend(pairs, jnp.int32(0), queries[0])[None]
+    else:
+        mixed = jax.lax.map(lambda args: _attend(pairs, *args), (jnp.arange(blocks), queries))
+    mixed = jnp.moveaxis(jnp.moveaxis(mixed, 0, 1), -2, 2)  # [N, blocks, block, G, r, d]
+    return mixed.reshape(windows, blocks * block, groups, repeats, head_dim)[:, :length]
+
+
+class _Pairs(NamedTuple):
+    """What a block of queries meets: all keys and values, cut into blocks, and the mask."""
+
+    keys: Float[Array, "blocks N G block d"]
+    values: Float[Array, "blocks N G block d"]
+    block: int
+    cap: float
+    window: Int[Array, ""] | int | None
+
+
+class _Running(NamedTuple):
+    """The online softmax of a block of queries over the keys it has met."""
+
+    maximum: Float[Array, "N G r block"]
+    total: Float[Array, "N G r block"]
+    mixed: Float[Array, "N G r block d"]  # not yet divided by the total
+
+
+def _attend(pairs: _Pairs, number: Int[Array, ""], query: Float[Array, "N G r block d"]) -> Array:
+    """One block of queries over the keys that it may see."""
+    rows = query.shape[:-1]
+    start = _Running(jnp.full(rows, _NOTHING), jnp.zeros(rows), jnp.zeros(query.shape, jnp.float32))
+    if pairs.keys.shape[0] == 1:
+        running = _meet(pairs, number, query, number, start)
+    else:
+        first = jnp.int32(0)
+        if pairs.window is not None:
+            first = jnp.maximum((number * pairs.block - pairs.window + 1) // pairs.block, 0).astype(jnp.int32)
+        running = jax.lax.fori_loop(first, number.astype(jnp.int32) + 1, partial(_meet, pairs, number, query), start)
+    return running.mixed / running.total[..., None]
+
+
+def _meet(pairs: _Pairs, number: Int[Array, ""], query: Array, other: Int[Array, ""], running: _Running) -> _Running:
+    """Take one block of keys and values into the running softmax."""
+    key, value = pairs.keys[other], pairs.values[other]
+    scores = jnp.einsum("ngrqd,ngkd->ngrqk", query, key, preferred_element_type=jnp.float32)
+    if pairs.cap:
+        scores = pairs.cap * jnp.tanh(scores / pairs.cap)
+    within = jnp.arange(pairs.block)
+    distance = (number - other) * pairs.block + within[:, None] - within[None, :]
+    visible = distance >= 0
+    if pairs.window is not None:
+        visible &= distance < pairs.window
+    scores = jnp.where(visible[None, None, None], scores, _NOTHING)
+    maximum = jnp.maximum(running.maximum, scores.max(axis=-1))
+    weights = jnp.where(visible[None, None, None], jnp.exp(scores - maximum[..., None]), 0.0)
+    kept = jnp.exp(running.maximum - maximum)
+    mixed = jnp.einsum("ngrqk,ngkd->ngrqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return _Running(maximum, running.total * kept + weights.sum(axis=-1), running.mixed * kept[..., None] + mixed)

@@ -1,8 +1,8 @@
 """The forward pass of a decoder: a pure function with taps, edits and early exit.
 
-Runs of blocks that no tap and no edit touches are one ``lax.scan`` over the stacked weights, so compile time grows
-with the number of touched blocks and not with depth. Matmuls take inputs in the dtype of the weights and give float32;
-the residual stream, norms, softmax and rotary positions are float32.
+Neighbouring blocks with the same taps are one ``lax.scan`` over the stacked weights, so compile time does not grow
+with depth. Matmuls take inputs in the dtype of the weights and give float32; the residual stream, norms, softmax and
+positions are float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm import taps as tap_names
-from saex_pipe.common.llm.attention import causal_attention, rotary_tables, rotate
-from saex_pipe.common.llm.params import LanguageModel
+from saex_pipe.common.llm.block import Positions, Visit, block_input, norm, positions, run_block
+from saex_pipe.common.llm.params import DATA, MODEL, LanguageModel
+from saex_pipe.common.llm.taps import SITES, Tap
 
 # Gets the value at its tap and the requested taps computed before it; returns the value to go on with.
 Edit = Callable[[Array, Mapping[str, Array]], Array]
@@ -42,7 +42,8 @@ def apply(
     """Run the decoder on windows of tokens. Pure, and made to be called inside ``jax.jit``.
 
     A token sees the tokens before it in its window and itself. Without ``logits`` the computation ends at the
-    last tap: what lies above is neither computed nor needs to be loaded.
+    last tap: what lies above is neither computed nor needs to be loaded. On a mesh, windows are cut over its data
+    axis, heads, MLP and vocabulary over its model axis.
 
     Args:
         model: the decoder; under jit pass it as an argument, or its weights become constants.
@@ -63,8 +64,8 @@ def apply(
     edits = edits or {}
     wanted = tap_names.validate(taps, architecture)
     places = {**wanted, **tap_names.validate(edits, architecture)}
-    start = tap_names.Tap(-1, 0) if resume_from is None else _resume_place(resume_from[0], model)
-    end = tap_names.Tap(architecture.layers, 1) if logits else max(wanted.values(), default=tap_names.Tap(-1, 0))
+    start = Tap(-1, 0) if resume_from is None else _resume_place(resume_from[0], model)
+    end = Tap(architecture.layers, 1) if logits else max(wanted.values(), default=Tap(-1, 0))
     _check_reached(places, start, end)
     _check_loaded(model, end, logits)
 
@@ -78,114 +79,117 @@ def apply(
         return value
 
     if resume_from is None:
-        resid_NLD = visit(tap_names.EMBED, model.params.embed[...][tokens_NL].astype(jnp.float32))
+        resid_NLD = block_input(model, visit(tap_names.EMBED, _embed(model, tokens_NL)))
         first = 0
     else:
         resid_NLD = resume_from[1].astype(jnp.float32)
         first = start.layer
-        if tap_names.SITES[start.site] == "resid_post":
+        if SITES[start.site] == "resid_post":
             resid_NLD = visit(resume_from[0], resid_NLD)
             first += 1
-    resid_NLD = _run_blocks(model, resid_NLD, first, end, {place.layer for place in places.values()}, visit)
+    resid_NLD = _run_blocks(model, resid_NLD, first, end, wanted, edits, captured)
     if end.layer < architecture.layers:
         return Output(None, captured)
-    final_NLD = rms_norm(resid_NLD, model.params.final_norm[...], architecture.norm_epsilon)
-    final_NLD = visit(tap_names.FINAL_NORM, final_NLD)
+    outside = model.outside
+    final_NLD = visit(tap_names.FINAL_NORM, norm(architecture, resid_NLD, outside.final_norm, outside.final_norm_bias))
     return Output(unembed(model, final_NLD) if logits else None, captured)
 
 
-def unembed(model: LanguageModel, final_NLD: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+def unembed(model: LanguageModel, final_NLD: Float[Array, "N *rows D"]) -> Float[Array, "N *rows V"]:
     """Logits (float32) of normalised final activations, the value of the tap ``final_norm``."""
     if not model.with_unembedding:
         raise InputError("logits of a model loaded without its unembedding", "load it with with_unembedding=True")
-    weights = model.params.embed if model.params.unembed is None else model.params.unembed
+    a = model.architecture
+    weights = model.outside.embed if model.outside.unembed is None else model.outside.unembed
     w_VD = weights[...]
-    return jnp.einsum("...d,vd->...v", final_NLD.astype(w_VD.dtype), w_VD, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...d,vd->...v", final_NLD.astype(w_VD.dtype), w_VD, preferred_element_type=jnp.float32)
+    logits = model.cut(logits, DATA, *[None] * (logits.ndim - 2), MODEL)[..., : a.vocabulary]
+    return a.logit_cap * jnp.tanh(logits / a.logit_cap) if a.logit_cap else logits
 
 
-def rms_norm(x_NLD: Float[Array, "*rows D"], scale_D: Float[Array, " D"], epsilon: float) -> Float[Array, "*rows D"]:
-    """Root-mean-square norm, in float32."""
-    mean_square = jnp.mean(jnp.square(x_NLD), axis=-1, keepdims=True)
-    return x_NLD * jax.lax.rsqrt(mean_square + epsilon) * jnp.expand_dims(scale_D, range(x_NLD.ndim - 1))
+def _embed(model: LanguageModel, tokens_NL: Int[Array, "N L"]) -> Float[Array, "N L D"]:
+    embed_NLD = model.outside.embed[...][tokens_NL].astype(jnp.float32) * model.architecture.embedding_scale
+    return model.cut(embed_NLD, DATA)
 
 
 def _run_blocks(
     model: LanguageModel,
     resid_NLD: Array,
     first: int,
-    end: tap_names.Tap,
-    touched: set[int],
-    visit: Callable[[str, Array], Array],
+    end: Tap,
+    wanted: Mapping[str, Tap],
+    edits: Mapping[str, Edit],
+    captured: dict[str, Array],
 ) -> Array:
-    """Blocks from ``first`` up to the last that ``end`` needs: touched ones unrolled, runs between them scanned."""
-    rope = rotary_tables(resid_NLD.shape[1], model.architecture.head_dim, model.architecture.rope_theta)
-    stop = min(end.layer + 1, model.architecture.layers)
+    """Blocks from ``first`` up to the last that ``end`` needs, and the ``resid_pre`` where it ends."""
+    layers = model.architecture.layers
+    ends_before_block = SITES[end.site] == "resid_pre" and end.layer < layers
+    stop = end.layer if ends_before_block else min(end.layer + 1, layers)
+    tables = positions(model.architecture, resid_NLD.shape[1])
     layer = first
     while layer < stop:
-        if layer in touched:
-            resid_NLD = visit(f"blocks.{layer}.resid_pre", resid_NLD)
-            if end == tap_names.Tap(layer, 0):
-                break
-            resid_NLD = _block(model, layer, resid_NLD, rope, partial(_visit_block, visit, layer))
-            layer += 1
+        run = _run_length(layer, stop, wanted, edits)
+        if run == 1:
+            resid_NLD = run_block(model, layer, resid_NLD, tables, _visitor(layer, wanted, edits, captured))
         else:
-            run_end = min([t for t in touched if t > layer] + [stop])
+            body = partial(_scanned_block, model, tables, _sites(layer, wanted))
             # Over layer numbers, not over a slice of the weights, which would be copied at every call.
-            resid_NLD, _ = jax.lax.scan(
-                lambda x_NLD, number: (_block(model, number, x_NLD, rope, _untouched), None),
-                resid_NLD,
-                jnp.arange(layer, run_end),
-            )
-            layer = run_end
+            resid_NLD, stacked = jax.lax.scan(body, resid_NLD, jnp.arange(layer, layer + run))
+            for place in range(run):
+                captured |= {f"blocks.{layer + place}.{site}": values[place] for site, values in stacked.items()}
+        layer += run
+    if ends_before_block:
+        resid_NLD = _visitor(stop, wanted, edits, captured)("resid_pre", resid_NLD)
     return resid_NLD
 
 
-def _block(
-    model: LanguageModel,
-    layer: int | Int[Array, ""],
-    resid_NLD: Array,
-    rope: tuple[Array, Array],
-    visit: Callable[[str, Array], Array],
-) -> Array:
-    """One block, from after ``resid_pre`` to ``resid_post``."""
-    a = model.architecture
-    block = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), model.params.blocks)
-    windows, length, _ = resid_NLD.shape
-    attn_in_NLD = visit("attn_in", rms_norm(resid_NLD, block.attn_norm[...], a.norm_epsilon))
-    qkv = _matmul(attn_in_NLD, block.w_qkv).reshape(windows, length, a.query_heads + 2 * a.kv_heads, a.head_dim)
-    query, key, value = jnp.split(qkv, [a.query_heads, a.query_heads + a.kv_heads], axis=2)
-    z_NLHd = causal_attention(rotate(query, rope), rotate(key, rope), value, block.w_qkv.dtype)
-    z = visit("attn_z", z_NLHd.reshape(windows, length, a.query_heads * a.head_dim))
-    attn_out_NLD = visit("attn_out", _matmul(z, block.w_attn_out))
-    resid_NLD = visit("resid_mid", resid_NLD + attn_out_NLD)
-    mlp_in_NLD = visit("mlp_in", rms_norm(resid_NLD, block.mlp_norm[...], a.norm_epsilon))
-    gate, up = jnp.split(_matmul(mlp_in_NLD, block.w_gate_up), 2, axis=-1)
-    mlp_out_NLD = visit("mlp_out", _matmul(jax.nn.silu(gate) * up, block.w_down))
-    return visit("resid_post", resid_NLD + mlp_out_NLD)
+def _scanned_block(
+    model: LanguageModel, tables: Positions, sites: frozenset[str], resid_NLD: Array, layer: Int[Array, ""]
+) -> tuple[Array, dict[str, Array]]:
+    """One of several equal blocks: what it passes on, and its values at ``sites``."""
+    seen: dict[str, Array] = {}
+
+    def visit(site: str, value: Array) -> Array:
+        if site in sites:
+            seen[site] = value
+        return value
+
+    return run_block(model, layer, resid_NLD, tables, visit), seen
 
 
-def _visit_block(visit: Callable[[str, Array], Array], layer: int, site: str, value: Array) -> Array:
-    return visit(f"blocks.{layer}.{site}", value)
+def _run_length(layer: int, stop: int, wanted: Mapping[str, Tap], edits: Mapping[str, Edit]) -> int:
+    """How many blocks from ``layer`` on have the same taps and no edits; 1 for one with edits."""
+    edited = {name.split(".")[1] for name in edits if name.startswith("blocks.")}
+    end = layer
+    while end < stop and str(end) not in edited and _sites(end, wanted) == _sites(layer, wanted):
+        end += 1
+    return max(end - layer, 1)
 
 
-def _untouched(site: str, value: Array) -> Array:
-    return value
+def _sites(layer: int, wanted: Mapping[str, Tap]) -> frozenset[str]:
+    return frozenset(SITES[place.site] for name, place in wanted.items() if name.startswith(f"blocks.{layer}."))
 
 
-def _matmul(x: Array, weights: nnx.Param) -> Array:
-    """Inputs in the dtype of the weights, sums and output in float32."""
-    w = weights[...]
-    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+def _visitor(layer: int, wanted: Mapping[str, Tap], edits: Mapping[str, Edit], captured: dict[str, Array]) -> Visit:
+    def visit(site: str, value: Array) -> Array:
+        name = f"blocks.{layer}.{site}"
+        if name in edits:
+            value = edits[name](value, captured).astype(value.dtype)
+        if name in wanted:
+            captured[name] = value
+        return value
+
+    return visit
 
 
-def _resume_place(name: str, model: LanguageModel) -> tap_names.Tap:
+def _resume_place(name: str, model: LanguageModel) -> Tap:
     place = tap_names.parse(name, model.architecture)
     if not name.endswith((".resid_pre", ".resid_post")):
         raise InputError(f"cannot resume from '{name}'", "resume from a resid_pre or resid_post tap")
     return place
 
 
-def _check_reached(places: Mapping[str, tap_names.Tap], start: tap_names.Tap, end: tap_names.Tap) -> None:
+def _check_reached(places: Mapping[str, Tap], start: Tap, end: Tap) -> None:
     for name, place in places.items():
         if place < start:
             raise InputError(f"'{name}' lies before the place the run resumes from", "resume from an earlier place")
@@ -193,9 +197,9 @@ def _check_reached(places: Mapping[str, tap_names.Tap], start: tap_names.Tap, en
             raise InputError(f"the edit at '{name}' lies after the last tap", "ask for logits or a later tap")
 
 
-def _check_loaded(model: LanguageModel, end: tap_names.Tap, logits: bool) -> None:
-    needed = min(end.layer + (tap_names.SITES[end.site] != "resid_pre"), model.architecture.layers)
-    loaded = model.params.blocks.layers
+def _check_loaded(model: LanguageModel, end: Tap, logits: bool) -> None:
+    needed = min(end.layer + (SITES[end.site] != "resid_pre"), model.architecture.layers)
+    loaded = model.blocks.layers
     if needed > loaded:
         raise InputError(
             f"the run needs blocks 0 to {needed - 1}, {loaded} were loaded", "load the model with a higher last_layer"

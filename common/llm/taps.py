@@ -10,9 +10,13 @@
 - ``mlp_in``: its normalised form, the input of the MLP [width]
 - ``mlp_out``: what the MLP adds to the residual stream [width]
 - ``resid_post``: the residual stream that leaves the block, the ``resid_pre`` of the next [width]
+
+Where a family has norms after attention and MLP (Gemma 2 and 3), ``attn_out`` and ``mlp_out`` come after them. Where
+both read the block's input (GPT-NeoX), ``resid_mid`` is still the sum of ``resid_pre`` and ``attn_out``.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -55,6 +59,30 @@ def parse(name: str, architecture: Architecture) -> Tap:
     return Tap(int(number), SITES.index(site))
 
 
+def expand(patterns: Iterable[str], architecture: Architecture) -> tuple[str, ...]:
+    """The taps that names and globs stand for, each once, in the order of computation.
+
+    ``*`` stands for any run of characters without a dot, ``{4,8}`` for one of several: ``blocks.*.resid_post``,
+    ``blocks.{4,8}.mlp_out``. Raises an ``InputError`` for a glob that fits no tap, and like ``parse`` for a name.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        if not set("*{}") & set(pattern):
+            parse(pattern, architecture)
+            found.add(pattern)
+            continue
+        parts = re.split(r"(\*|\{[^{}]*\})", pattern)
+        alternatives = [_glob_part(part) for part in parts]
+        matches = [name for name in all_names(architecture) if re.fullmatch("".join(alternatives), name)]
+        if not matches:
+            raise InputError(
+                f"no tap of the model fits '{pattern}'",
+                f"its blocks are 0 to {architecture.layers - 1}, with {', '.join(SITES)}",
+            )
+        found.update(matches)
+    return tuple(name for name in all_names(architecture) if name in found)
+
+
 def validate(names: Iterable[str], architecture: Architecture) -> dict[str, Tap]:
     """The places of several taps, by name and in the order of computation; refuses unknown names and repeats."""
     found: dict[str, Tap] = {}
@@ -79,6 +107,15 @@ def last_layer(names: Iterable[str], architecture: Architecture) -> int:
         needed = tap.layer - 1 if SITES[tap.site] == "resid_pre" else tap.layer
         last = max(last, min(needed, architecture.layers - 1))
     return last
+
+
+def _glob_part(part: str) -> str:
+    """A part of a glob as a regular expression."""
+    if part == "*":
+        return "[^.]*"
+    if part.startswith("{") and part.endswith("}"):
+        return "(?:" + "|".join(re.escape(choice.strip()) for choice in part[1:-1].split(",")) + ")"
+    return re.escape(part)
 
 
 def _nearest(name: str, architecture: Architecture) -> str:

@@ -38,7 +38,10 @@ def output_tokens(model: Path, w_dec_FD: Float32[np.ndarray, "F D"], number: int
     unembedding = load_unembedding(model)
     if unembedding.w_unembed_DV.shape[0] != w_dec_FD.shape[1]:
         return OutputTokens.none(len(w_dec_FD))
-    w_DV = jnp.asarray(unembedding.final_norm_D[:, None] * unembedding.w_unembed_DV, jnp.bfloat16)
+    w_DV = unembedding.final_norm_D[:, None] * unembedding.w_unembed_DV
+    if unembedding.removes_mean:
+        w_DV -= w_DV.mean(axis=0)
+    w_DV = jnp.asarray(w_DV, jnp.bfloat16)
 
     @jax.jit
     def ends(rows_FD: Array, w_DV: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:

@@ -57,7 +57,7 @@ def test_computation_ends_at_the_last_tap(name, path, tiny, expected):
     layer = int(name.split(".")[1]) if name.startswith("blocks") else -1
     last = layer - 1 if name.endswith("resid_pre") else layer
     short = load_model(path, last_layer=last, with_unembedding=False, dtype="float32")
-    assert short.params.blocks.layers == last + 1
+    assert short.blocks.layers == last + 1
     output = apply(short, tiny.tokens_NL(), taps=[name], logits=False)
     assert output.logits_NLV is None
     assert list(output.taps) == [name]

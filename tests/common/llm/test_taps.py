@@ -1,10 +1,25 @@
+from pathlib import Path
+
 import pytest
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm import taps
-from saex_pipe.common.llm.architecture import Architecture
+from saex_pipe.common.llm.configuration import from_hugging_face
 
-SMALL = Architecture("llama", 4, 64, 4, 2, 8, 96, 101, 128, 1e-5, 1e4, True)
+SMALL = from_hugging_face(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 96,
+        "vocab_size": 101,
+        "max_position_embeddings": 128,
+    },
+    Path("config.json"),
+)
 
 
 def test_names_come_in_the_order_of_computation():
@@ -56,3 +71,29 @@ def test_widths():
 )
 def test_last_layer(names, layer):
     assert taps.last_layer(names, SMALL) == layer
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["blocks.*.resid_post"], [f"blocks.{layer}.resid_post" for layer in range(4)]),
+        (["blocks.{1,3}.mlp_out"], ["blocks.1.mlp_out", "blocks.3.mlp_out"]),
+        (["blocks.2.attn_{z,out}"], ["blocks.2.attn_z", "blocks.2.attn_out"]),
+        (["final_norm", "blocks.0.resid_*", "embed"], None),
+        (["blocks.1.mlp_out", "blocks.*.mlp_out"], [f"blocks.{layer}.mlp_out" for layer in range(4)]),
+    ],
+)
+def test_globs_stand_for_taps_in_the_order_of_computation(patterns, names):
+    expected = names or ["embed", *(f"blocks.0.resid_{place}" for place in ("pre", "mid", "post")), "final_norm"]
+    assert list(taps.expand(patterns, SMALL)) == expected
+
+
+@pytest.mark.parametrize("pattern", ["blocks.{7,9}.mlp_out", "blocks.*.resid", "*.resid_post", "blocks.*.mlp_out.*"])
+def test_a_glob_that_fits_nothing_is_refused(pattern):
+    with pytest.raises(InputError, match=r"its blocks are 0 to 3, with resid_pre, attn_in"):
+        taps.expand([pattern], SMALL)
+
+
+def test_a_plain_name_that_is_wrong_is_refused_beside_globs():
+    with pytest.raises(InputError, match=r"near ones are blocks\.1\.mlp_out"):
+        taps.expand(["blocks.*.mlp_in", "blocks.1.mlp_ot"], SMALL)

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from saex_pipe.common.llm import load
+from saex_pipe.common.llm import checkpoint
 from saex_pipe.common.llm.decoder import apply
 from saex_pipe.common.llm.load import load_model, load_unembedding, read_architecture
 from saex_pipe.common.llm.taps import all_names, width
@@ -76,7 +76,7 @@ def test_the_comparison_fails_for_rows_in_the_wrong_order(tiny, tmp_path, relati
     as_is = run(tiny.write_gguf(tmp_path / "unpermuted.gguf", permute=False), tiny.tokens_NL())
     assert relative_error(as_is["blocks.0.attn_z"], expected["blocks.0.attn_z"]) > 1e-2
     assert relative_error(as_is["logits"], expected["logits"]) > 1e-2
-    monkeypatch.setattr(load, "unpermute_rows", lambda weights, heads: weights)
+    monkeypatch.setattr(checkpoint, "unpermute_rows", lambda weights, heads: weights)
     not_undone = run(tiny.write_gguf(tmp_path / "permuted.gguf"), tiny.tokens_NL())
     assert relative_error(not_undone["logits"], expected["logits"]) > 1e-2
 
