@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.split_file import part_names
 
 if TYPE_CHECKING:
     import rich.progress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 20
 PLAIN_LINE_SECONDS = 10.0
 POLL_SECONDS = 0.1
+PARTS = "parts"  # the folder that the parts of a split file are kept in
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 BAD_DOWNLOAD = "nothing was kept; fetch it again, or correct the checksum if the file was replaced on purpose"
 
@@ -47,6 +49,18 @@ def file_name(resource: Resource) -> str:
     if not path.name or ".." in path.parts:
         raise InputError(f"{resource.uri} names no file", "end it with the path of a file, without '..'")
     return path.name
+
+
+def parts_of(resource: Resource) -> list[Resource]:
+    """The resource itself; of a part of a split file all parts, in order, which belong beside each other."""
+    name = PurePosixPath(resource.rest).name
+    parts = part_names(name)
+    if len(parts) == 1 or not resource.uri.endswith(name):
+        return [resource]
+    return [
+        Resource(resource.uri.removesuffix(name) + part, resource.scheme, resource.rest.removesuffix(name) + part, None)
+        for part in parts
+    ]
 
 
 def cache_key(resource: Resource, version: str = "") -> str:
@@ -130,6 +144,14 @@ def entry(key: str, name: str, make: Callable[[Path], Path], *, progress: bool) 
         finally:
             shutil.rmtree(temp, ignore_errors=True)
     return target
+
+
+def file_entry(resource: Resource, version: str, make: Callable[[Path], Path], *, progress: bool) -> Path:
+    """The ``entry`` of a file; of a part of a split one, ``make`` returns a folder ``PARTS`` with all of them."""
+    parts, name = parts_of(resource), file_name(resource)
+    if len(parts) == 1:
+        return entry(cache_key(resource, version), name, make, progress=progress)
+    return entry(cache_key(parts[0], version), PARTS, make, progress=progress) / name
 
 
 @contextmanager

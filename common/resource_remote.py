@@ -1,5 +1,6 @@
 """Resources of the Hugging Face hub and of object stores (see ``resources``)."""
 
+import glob
 import hashlib
 import json
 import re
@@ -14,20 +15,24 @@ from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.resource_cache import (
     BAD_DOWNLOAD,
     NO_SPACE,
+    PARTS,
     Progress,
     Resource,
     cache_folder,
     cache_key,
     check_sha256,
     copy_to_disk,
-    entry,
+    file_entry,
     file_name,
     in_cache,
+    parts_of,
     write_atomically,
 )
 from saex_pipe.common.resource_local import file_sha256
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.gguf", "tokenizer*", "merges.txt", "vocab*", "*.model"]
+# Of a model's top folder: deeper ones hold other formats, and "consolidated" is the same weights once more.
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*", "*.model"]
+NOT_MODEL_FILES = ["*/*", "consolidated*.safetensors"]
 STORE_EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme to the optional extra that brings its file system
 STORE_DIGESTS = ("md5Hash", "ETag", "etag", "crc32c")  # what stores tell of an object's content, best first
 
@@ -147,21 +152,14 @@ def fetch_hub(resource: Resource, progress: bool) -> Path:
 
 def _download_from_hub(resource: Resource, wanted: _HubFile, commit: str, progress: bool) -> Path:
     with _hub_errors(resource, wanted):
-        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()  # one look for all downloads: Progress below
         place = cache_folder() / "hf"
         info = HfApi().repo_info(wanted.repo, repo_type=wanted.kind, revision=commit, files_metadata=True)
         sizes = {item.rfilename: item.size or 0 for item in getattr(info, "siblings", None) or []}
-        patterns = MODEL_FILES if wanted.file is None else [wanted.file]
-        chosen = [name for name in sizes if any(fnmatch(name, pattern) for pattern in patterns)]
-        if not chosen:
-            near = get_close_matches(wanted.file or "", sizes) or sorted(sizes)[:5]
-            raise InputError(
-                f"{resource.uri}: {wanted.repo} has no file {wanted.file or ' '.join(MODEL_FILES)}",
-                f"it has {', '.join(near) or 'none'}",
-            )
+        chosen = _chosen(resource, wanted, list(sizes))
         blobs = place / f"{wanted.kind}s--{wanted.repo.replace('/', '--')}" / "blobs"
 
         def measure() -> int:
@@ -171,29 +169,66 @@ def _download_from_hub(resource: Resource, wanted: _HubFile, commit: str, progre
         there_before = measure()
         with Progress(resource.uri, show=progress) as shown, shown.watching(measure):
             shown.total_bytes = sum(sizes[name] for name in chosen)
-            if wanted.file is None:
-                return Path(
-                    snapshot_download(wanted.repo, revision=commit, cache_dir=place, allow_patterns=MODEL_FILES)
+            patterns = [glob.escape(name) for name in chosen]
+            folder = Path(
+                snapshot_download(
+                    wanted.repo, repo_type=wanted.kind, revision=commit, cache_dir=place, allow_patterns=patterns
                 )
-            return Path(
-                hf_hub_download(wanted.repo, wanted.file, repo_type=wanted.kind, revision=commit, cache_dir=place)
             )
+        absent = [name for name in chosen if not (folder / name).is_file()]
+        if absent:
+            raise SaexError(f"{resource.uri}: the download ended without {absent[0]}; fetch it again")
+        return folder / (wanted.file or "")
+
+
+def _chosen(resource: Resource, wanted: _HubFile, names: list[str]) -> list[str]:
+    """The files to fetch of those that the repository has."""
+    if wanted.file is not None:
+        parts = [_hub_file(part).file for part in parts_of(resource)]
+        missing = next((part for part in parts if part not in names), None)
+        if missing is not None:
+            near = get_close_matches(missing, names) or sorted(names)[:5]
+            raise InputError(
+                f"{resource.uri}: {wanted.repo} has no file {missing}", f"it has {', '.join(near) or 'none'}"
+            )
+        return [part for part in parts if part is not None]
+    chosen = [
+        name
+        for name in names
+        if any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+        and not any(fnmatch(name, pattern) for pattern in NOT_MODEL_FILES)
+    ]
+    quantised = sorted(name for name in names if name.endswith(".gguf"))
+    if quantised and "config.json" not in chosen:
+        raise InputError(f"{resource.uri} holds GGUF files, of which one has to be named", f"add /{quantised[0]}")
+    if not chosen:
+        raise InputError(f"{resource.uri} holds no model", f"it has {', '.join(sorted(names)[:5]) or 'no files'}")
+    return chosen
 
 
 # ---- object stores
 
 
 def _objects(resource: Resource) -> dict[str, dict[str, Any]]:
-    """What the store says of each object: by name under the prefix, "" for the object itself."""
-    store, path = _store(resource), resource.rest.strip("/")
+    """What the store says of each object: by name under the prefix, or of each part; "" for the object itself."""
+    parts = parts_of(resource)
+    if len(parts) > 1:
+        return {file_name(part): _info(part) for part in parts}
+    info, path = _info(resource), resource.rest.strip("/")
+    if info["type"] == "file":
+        return {"": info}
     with _remote_errors(resource):
-        info = store.info(path)
-        if info["type"] == "file":
-            return {"": info}
-        found = {name.removeprefix(path).strip("/"): info for name, info in store.find(path, detail=True).items()}
+        listed = _store(resource).find(path, detail=True)
+    found = {name.removeprefix(path).strip("/"): info for name, info in listed.items()}
     if not found:
         raise InputError(f"{resource.uri} holds nothing", "check bucket and path")
     return found
+
+
+def _info(resource: Resource) -> dict[str, Any]:
+    store = _store(resource)
+    with _remote_errors(resource):
+        return dict(store.info(resource.rest.strip("/")))
 
 
 def _store(resource: Resource) -> Any:
@@ -235,13 +270,14 @@ def fetch_store(resource: Resource, progress: bool) -> Path:
         objects = listed or _objects(resource)
         if resource.sha256 and "" not in objects:
             raise InputError(f"{resource.uri} is a folder and has no sha256", "name a file or leave the checksum out")
+        root = temp / (PARTS if len(parts_of(resource)) > 1 else name)
         with Progress(resource.uri, show=progress) as shown, _remote_errors(resource):
             shown.total_bytes = sum(info.get("size") or 0 for info in objects.values())
             for relative, info in objects.items():
-                _copy_object(resource, info, temp / name, relative, shown)
-        return temp / name
+                _copy_object(resource, info, root, relative, shown)
+        return root
 
-    return entry(cache_key(resource, _version_of_all(resource, listed)), name, make, progress=progress)
+    return file_entry(resource, _version_of_all(resource, listed), make, progress=progress)
 
 
 def _copy_object(resource: Resource, info: dict[str, Any], root: Path, relative: str, shown: Progress) -> None:

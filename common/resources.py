@@ -8,18 +8,20 @@
 - ``hf://[datasets/]ORG/NAME[@REVISION][/FILE]``: a file, or a whole model, of the Hugging Face hub;
 - ``gs://BUCKET/KEY``, ``s3://BUCKET/KEY``: an object, or all objects under a prefix, of an object store;
 
-each with an optional ``#sha256=HEX`` for a single file. What is downloaded is kept in ``cache_folder()``.
+each with an optional ``#sha256=HEX`` for a single file. What is downloaded is kept in ``cache_folder()``. A part of a
+split file (``NAME-00001-of-00003.gguf``) comes with all the others beside it.
 A branch or tag of the hub is resolved to a commit once; from then on the cache stands by that commit.
 """
 
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from saex_pipe.common import resource_local, resource_remote, resource_wheel
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.resource_cache import Resource, cache_folder, explained
+from saex_pipe.common.split_file import part_names
 
 __all__ = ["cache_folder", "fetch", "identity"]
 
@@ -75,6 +77,8 @@ def _parse(uri: str) -> Resource:
         body, sha256 = match[1], match[2].lower()
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise InputError(f"{uri}: {match[2]!r} is not a sha256", "give its 64 hexadecimal digits or leave it out")
+        if len(part_names(PurePosixPath(body).name)) > 1:
+            raise InputError(f"{body} is one part of a file, and has no sha256 of its own", "leave the checksum out")
     scheme, separator, rest = body.partition("://")
     if not separator:
         return Resource(body, "file", body, sha256)

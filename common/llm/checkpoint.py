@@ -3,7 +3,7 @@
 Every name and shape is checked before the first tensor is read, so a bad file leaves nothing half-loaded.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,8 @@ class _Source(Protocol):
     """Tensors by the file's own names."""
 
     def read(self, name: str, dtype: Any = ...) -> np.ndarray: ...
+
+    def check(self, names: Iterable[str]) -> None: ...
 
 
 class Checkpoint:
@@ -80,7 +82,7 @@ class Checkpoint:
 
     def read(self, role: str, layer: int = 0, dtype: Any = np.float32) -> Float[np.ndarray, "..."]:
         """One tensor in the row order of Hugging Face, a matrix as [out, in] (a view where that will do)."""
-        weights = self._source.read(self._name(role, layer)).astype(dtype, copy=False)
+        weights = self._source.read(self._name(role, layer), dtype)
         a = self.architecture
         if self._in_out and role in _MATRICES:
             weights = weights.T
@@ -164,6 +166,7 @@ class Checkpoint:
                 f"{self.path}: tensor {unknown[0]!r} is not part of the {a.family} family as configured",
                 "this version cannot run the model faithfully; use one without it",
             )
+        self._source.check(wanted)
 
 
 def unpermute_rows(weights: Float[np.ndarray, "out *in"], heads: int) -> Float[np.ndarray, "out *in"]:

@@ -39,8 +39,10 @@ def from_hugging_face(config: Mapping[str, Any], path: Path) -> Architecture:
     for ours, theirs in {"layers": "num_hidden_layers", "width": "hidden_size"}.items():
         _require(values, ours, family.hf_fields.get(ours, theirs), path)
     values |= _derived(family.hf_derive, config, path)
-    values = {**family.defaults, **{name: value for name, value in values.items() if value is not None}}
-    values |= family.traits
+    stated = {name: value for name, value in values.items() if value is not None}
+    values = {**family.defaults, **family.hf_defaults, **stated, **family.traits}
+    for ours in ("query_heads", "max_positions"):
+        _require(values, ours, family.hf_fields[ours], path)
     partial = values.pop("partial_rotary_factor", None)
     if family.rope_theta is not None:
         head_dim = values.get("head_dim") or values["width"] // values["query_heads"]

@@ -21,7 +21,7 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.resources import cache_folder
 
 # Part of the cache key: raise it when the conversion from GGUF changes.
-_CONVERSION = 1
+_CONVERSION = 2
 
 
 class SpecialTokens(NamedTuple):
@@ -36,11 +36,12 @@ class SpecialTokens(NamedTuple):
 class Tokenizer:
     """Text to ids and back. Encoding never adds special tokens: who packs windows decides where they go."""
 
-    def __init__(self, tokenizer_json: str, special: SpecialTokens) -> None:
+    def __init__(self, tokenizer_json: str, special: SpecialTokens, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.bos, self.eos, self.pad, self.adds_bos = special
+        self.chat_template = chat_template  # as the model spells it, None where it has none (see ``chat_template``)
         self.digest = hashlib.sha256(tokenizer_json.encode()).hexdigest()  # of tokenizer.json
         self.vocabulary: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -49,12 +50,23 @@ class Tokenizer:
         """The largest id there is; with gaps in the numbering it is above ``vocabulary``."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    @property
+    def role_texts(self) -> dict[str, str]:
+        """The spelling of ``bos``, ``eos`` and ``pad``, of those that there are."""
+        roles = {"bos": self.bos, "eos": self.eos, "pad": self.pad}
+        found = {role: self._tokenizer.id_to_token(number) for role, number in roles.items() if number is not None}
+        return {role: text for role, text in found.items() if text is not None}
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Every id that stands for structure rather than text: control tokens, and bos, eos and pad."""
-        added = self._tokenizer.get_added_tokens_decoder()
         named = {token for token in (self.bos, self.eos, self.pad) if token is not None}
-        return frozenset(named | {number for number, token in added.items() if token.special})
+        return frozenset(named | {number for number, token in self._added.items() if token.special})
+
+    @cached_property
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        """The tokens that are spelled as in text, whatever the alphabet of the others."""
+        return self._tokenizer.get_added_tokens_decoder()
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " length"]]:
         """Ids (int32) of each text, without special tokens; ones spelled out in a text are encoded as such."""
@@ -70,7 +82,7 @@ class Tokenizer:
         piece = self._tokenizer.id_to_token(int(number))
         if piece is None:
             return f"<id {number}>"
-        if number in self.special_ids:
+        if number in self._added:
             return piece
         if self._is_byte_level:
             raw = b"".join(_BYTES.get(letter, letter.encode()) for letter in piece)
@@ -86,56 +98,29 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a ``.gguf`` file, a Hugging Face folder, or a ``tokenizer.json``.
+    """The tokenizer of a ``.gguf`` file, a Hugging Face folder, or a ``tokenizer.json`` in such a folder.
 
     Raises an ``InputError`` where there is none, or it cannot be read.
     """
-    if path.is_dir():
-        return _from_json(path / "tokenizer.json", _folder_specials(path))
-    if path.suffix == ".json":
-        return _from_json(path, _folder_specials(path.parent))
-    return _from_gguf(path)
+    if path.is_dir() or path.suffix == ".json":
+        from saex_pipe.common.llm.hugging_face_tokenizer import read
+
+        record = read(path / "tokenizer.json" if path.is_dir() else path)
+    else:
+        record = _from_gguf(path)
+    return Tokenizer(record["tokenizer_json"], SpecialTokens(**record["special"]), record["chat_template"])
 
 
-def _from_json(path: Path, special: dict[str, Any]) -> Tokenizer:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "name a tokenizer with tokenizer.json") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a tokenizer.json", "get an intact copy of it") from None
-    try:
-        vocabulary = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{path} is not a tokenizer.json: {error}", "get an intact copy of it") from None
-    ids = {role: vocabulary.token_to_id(token) for role in ("bos", "eos", "pad") if (token := special.get(role))}
-    adds_bos = bool(special.get("adds_bos", False)) and ids.get("bos") is not None
-    return Tokenizer(text, SpecialTokens(ids.get("bos"), ids.get("eos"), ids.get("pad"), adds_bos))
-
-
-def _folder_specials(folder: Path) -> dict[str, Any]:
-    """Roles from ``tokenizer_config.json`` beside ``tokenizer.json``; without it no token has one."""
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-    spelled = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
-    return {**spelled, "adds_bos": config.get("add_bos_token", False)}
-
-
-def _from_gguf(path: Path) -> Tokenizer:
+def _from_gguf(path: Path) -> dict[str, Any]:
     kept = _cache_file(path)
     try:
-        record = json.loads(kept.read_text(encoding="utf-8"))
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        # Slow imports (2 s), and only where nothing is cached yet.
         from saex_pipe.common.llm.gguf_tokenizer import convert
 
-        text, special = convert(path)
-        record = {"tokenizer": text, "special": special}
+        record = convert(path)
         _keep(kept, json.dumps(record))
-    return Tokenizer(record["tokenizer"], SpecialTokens(**record["special"]))
+        return record
 
 
 def _cache_file(path: Path) -> Path:

@@ -17,6 +17,12 @@ class Config(StageConfig):
         min_length=1,
     )
     text_field: str = setting("text", unit="", meaning="field or column that holds the text of a document")
+    chat_field: str | None = setting(
+        None,
+        unit="",
+        meaning="field or column with a list of messages (role, content), which the model's chat template turns into "
+        "the text of a document; unset: text_field is read as it is",
+    )
     tokenizer: Annotated[str, Resource()] = setting(
         unit="URI", meaning="GGUF file or Hugging Face folder whose tokenizer to use (in a chain: the model's)"
     )

@@ -9,6 +9,7 @@ from saex_pipe.common.beam import for_each, run_pipeline
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
 from saex_pipe.common.formats.tokens import TokenStoreInfo, create_token_arrays
+from saex_pipe.common.llm.chat_template import ChatTemplate
 from saex_pipe.common.llm.tokenizer import Tokenizer, load_tokenizer
 from saex_pipe.common.metrics_log import watched_progress
 from saex_pipe.common.preemption import graceful_stop
@@ -25,7 +26,7 @@ from saex_pipe.stages.corpus.parts import (
     write_layout,
 )
 from saex_pipe.stages.corpus.text import check_source
-from saex_pipe.stages.corpus.work import CorpusWork, Order
+from saex_pipe.stages.corpus.work import CorpusWork, Order, marks_of
 
 _CHARACTERS_PER_TOKEN = 6  # a first guess on the high side; another wave follows where it was too low
 _SHARD_TOKENS = 1 << 22
@@ -34,16 +35,19 @@ _SHARD_TOKENS = 1 << 22
 def run(config: Config, *, force: bool = False) -> Manifest:
     """Write the token store at ``config.out``."""
     for uri in config.source:
-        check_source(uri)
+        check_source(uri, with_fields=config.chat_field is not None)
     with stage_output(config, force=force) as output, graceful_stop(at_once=True):
         if output.manifest is not None:
             return output.manifest
         tokenizer = load_tokenizer(resources.fetch(config.tokenizer))
-        marks = _marks(config, tokenizer)
+        template = None
+        if config.chat_field is not None:
+            template = ChatTemplate(tokenizer, config.tokenizer)
+        marks = marks_of(config, tokenizer)
         work = CorpusWork(config, output.folder.uri, output.digest)
         order = _document_order(work, output)
         layout = read_layout(output.folder) or _tokenise_and_lay_out(work, output, order, marks)
-        info = _info(config, tokenizer, layout, len(order.documents))
+        info = _info(config, tokenizer, template.digest if template else None, layout, len(order.documents))
         _write_shards(work, output, info, marks)
         output.folder.delete(PARTS)
         totals = {
@@ -138,15 +142,9 @@ def _write_shards(work: CorpusWork, output: StageOutput, info: TokenStoreInfo, m
         run_pipeline(for_each(missing, write), work.config.runner, work.config.runner_options)
 
 
-def _marks(config: Config, tokenizer: Tokenizer) -> Marks:
-    wanted = config.prepend_bos == "always" or (config.prepend_bos == "auto" and tokenizer.adds_bos)
-    if wanted and tokenizer.bos is None:
-        raise InputError("corpus.prepend_bos = 'always', and the tokenizer has no BOS token", "set it to 'never'")
-    pad = next((mark for mark in (tokenizer.pad, tokenizer.eos) if mark is not None), 0)
-    return Marks(tokenizer.bos if wanted else None, pad)
-
-
-def _info(config: Config, tokenizer: Tokenizer, layout: Layout, documents: int) -> TokenStoreInfo:
+def _info(
+    config: Config, tokenizer: Tokenizer, chat_template: str | None, layout: Layout, documents: int
+) -> TokenStoreInfo:
     return TokenStoreInfo(
         windows=layout.windows,
         train_windows=layout.train_windows,
@@ -162,6 +160,7 @@ def _info(config: Config, tokenizer: Tokenizer, layout: Layout, documents: int) 
             "eos": tokenizer.eos,
             "pad": tokenizer.pad,
             "special_ids": sorted(tokenizer.special_ids),
+            "chat_template": chat_template,  # the digest of the one that was applied
         },
         documents=documents,
     )

@@ -3,9 +3,9 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from saex_pipe.common import resources
 from saex_pipe.common.errors import InputError
@@ -14,13 +14,15 @@ _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
-def check_source(uri: str) -> str:
-    """The format of ``uri`` by its name; an InputError when it is none of the known ones."""
+def check_source(uri: str, *, with_fields: bool = False) -> str:
+    """The format of ``uri`` by its name; an InputError when it is none of the known ones, or lacks wanted fields."""
     name = uri.partition("#")[0].lower()
     for compression in _COMPRESSIONS:
         name = name.removesuffix(compression)
     for suffix in _FORMATS:
         if name.endswith(suffix):
+            if with_fields and suffix == ".txt":
+                raise InputError(f"corpus.source {uri!r} has no field for messages", "give .jsonl or .parquet")
             return suffix
     raise InputError(
         f"corpus.source {uri!r} has no known ending",
@@ -28,7 +30,26 @@ def check_source(uri: str) -> str:
     )
 
 
-def read_documents(uri: str, text_field: str) -> Iterator[str]:
+class Content(NamedTuple):
+    """What a document is made of."""
+
+    field: str  # or column
+    setting: str  # that names the field
+    noun: str
+    to_text: Callable[[Any], str]  # a ValueError says why a value gives no text
+
+
+def plain_text(field: str) -> Content:
+    """Documents that are text as they are."""
+    return Content(field, "text_field", "text", _as_text)
+
+
+def conversations(field: str, render: Callable[[Any], str]) -> Content:
+    """Documents that are lists of messages, which ``render`` writes out (see ``ChatTemplate.render``)."""
+    return Content(field, "chat_field", "messages", render)
+
+
+def read_documents(uri: str, content: Content) -> Iterator[str]:
     """The texts of the documents of one source, in file order."""
     suffix = check_source(uri)
     path = resources.fetch(uri)
@@ -37,9 +58,9 @@ def read_documents(uri: str, text_field: str) -> Iterator[str]:
             if suffix == ".txt":
                 yield file.read().decode()
             elif suffix == ".jsonl":
-                yield from _json_lines(file, uri, text_field)
+                yield from _json_lines(file, uri, content)
             else:
-                yield from _parquet_rows(file, uri, text_field)
+                yield from _parquet_rows(file, uri, content)
     except (EOFError, UnicodeDecodeError, OSError) as error:
         raise InputError(
             f"{uri} cannot be read ({error})", "check that the file is whole and of the kind its name says"
@@ -56,7 +77,7 @@ def _open(path: Path, uri: str) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
 
 
-def _json_lines(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
+def _json_lines(file: IO[bytes], uri: str, content: Content) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -64,22 +85,17 @@ def _json_lines(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError:
             raise InputError(f"{uri}: line {number} is not JSON", "give one JSON object a line") from None
-        yield _text_of(record, uri, number, text_field)
+        value = record.get(content.field) if isinstance(record, dict) else None
+        if value is None:
+            fields = ", ".join(record) if isinstance(record, dict) else "none"
+            raise InputError(
+                f"{uri}: line {number} has no {content.noun} in field {content.field!r}",
+                f"set corpus.{content.setting}; its fields are {fields}",
+            )
+        yield _text_of(value, content, f"{uri}: line {number}")
 
 
-def _text_of(record: Any, uri: str, number: int, text_field: str) -> str:
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        fields = ", ".join(record) if isinstance(record, dict) else "none"
-        raise InputError(
-            f"{uri}: line {number} has no text in field {text_field!r}",
-            f"set corpus.text_field; its fields are {fields}",
-        )
-    # JSON can spell half of a surrogate pair, which is no text.
-    return text.encode("utf-8", "replace").decode()
-
-
-def _parquet_rows(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
+def _parquet_rows(file: IO[bytes], uri: str, content: Content) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -87,19 +103,35 @@ def _parquet_rows(file: IO[bytes], uri: str, text_field: str) -> Iterator[str]:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if not file.seekable() else file)
     except pyarrow.ArrowInvalid as error:
         raise EOFError(str(error)) from None
-    if text_field not in table.schema_arrow.names:
+    if content.field not in table.schema_arrow.names:
         raise InputError(
-            f"{uri} has no column {text_field!r}",
-            f"set corpus.text_field; its columns are {', '.join(table.schema_arrow.names)}",
+            f"{uri} has no column {content.field!r}",
+            f"set corpus.{content.setting}; its columns are {', '.join(table.schema_arrow.names)}",
         )
-    kind = table.schema_arrow.field(text_field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise InputError(
-            f"{uri}: column {text_field!r} holds {kind}, not text", "set corpus.text_field to one of strings"
-        )
+    number = 0
     try:
-        for batch in table.iter_batches(columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                yield text or ""
+        for batch in table.iter_batches(columns=[content.field]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                empty = value is None and content.to_text is _as_text
+                yield "" if empty else _text_of(value, content, f"{uri}: row {number}")
     except pyarrow.ArrowInvalid as error:
         raise EOFError(str(error)) from None
+
+
+def _text_of(value: Any, content: Content, where: str) -> str:
+    try:
+        text = content.to_text(value)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: {content.field!r} gives no text: {error}",
+            f"correct or remove the document, or set corpus.{content.setting}",
+        ) from None
+    # JSON can spell half of a surrogate pair, which is no text.
+    return text.encode("utf-8", "replace").decode()
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"it holds {type(value).__name__}, not text")
+    return value

@@ -9,12 +9,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from saex_pipe.common import resources
+from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import commit_shard
 from saex_pipe.common.formats.tokens import StoreShape, create_token_arrays, write_token_shard
+from saex_pipe.common.llm.chat_template import ChatTemplate
 from saex_pipe.common.llm.tokenizer import Tokenizer, load_tokenizer
 from saex_pipe.common.preemption import raise_if_stopping
 from saex_pipe.stages.corpus.config import Config
@@ -26,7 +28,7 @@ from saex_pipe.stages.corpus.parts import (
     lengths_name,
     read_layout,
 )
-from saex_pipe.stages.corpus.text import read_documents
+from saex_pipe.stages.corpus.text import Content, conversations, plain_text, read_documents
 
 
 class Order(NamedTuple):
@@ -61,19 +63,34 @@ class CorpusWork:
                 yield batch, (place, text)
 
     def _texts(self, source: int) -> Iterator[str]:
-        for text in read_documents(self.config.source[source], self.config.text_field):
+        for text in read_documents(self.config.source[source], self._content()):
             raise_if_stopping()
             yield text
+
+    def _content(self) -> Content:
+        if self.config.chat_field is None:
+            return plain_text(self.config.text_field)
+        tokenizer = _load_tokenizer_once(self.config.tokenizer, self.digest)
+        template = ChatTemplate(tokenizer, self.config.tokenizer)
+        return conversations(self.config.chat_field, template.render)
 
     def tokenise_batch(self, batch: int, texts: list[str]) -> None:
         """Write the tokens of one batch of documents."""
         tokenizer = _load_tokenizer_once(self.config.tokenizer, self.digest)
-        encoded = [tokens[: self.config.max_document_tokens] for tokens in tokenizer.encode_batch(texts)]
+        encoded = tokenizer.encode_batch(texts)
+        if self.config.chat_field is not None:
+            encoded = [_without_bos(tokens, marks_of(self.config, tokenizer).bos) for tokens in encoded]
+        encoded = [tokens[: self.config.max_document_tokens] for tokens in encoded]
         if self.config.packing == "packed" and tokenizer.eos is not None:
-            encoded = [np.append(tokens, np.int32(tokenizer.eos)) for tokens in encoded]
+            encoded = [self._with_separator(tokens, tokenizer.eos) for tokens in encoded]
         counts = np.asarray([len(tokens) for tokens in encoded], np.int64)
         tokens = np.concatenate(encoded).astype(np.int32)
         Folder(self.out).write_arrays(batch_name(batch), {"tokens": tokens, "counts": counts})
+
+    def _with_separator(self, tokens: Int32[np.ndarray, " tokens"], eos: int) -> Int32[np.ndarray, " tokens_1"]:
+        """End a document with ``eos``, unless a chat template did so already."""
+        ended = self.config.chat_field is not None and tokens[-1:].tolist() == [eos]
+        return tokens if ended else np.append(tokens, np.int32(eos))
 
     def write_shard(self, shard: int, shape: StoreShape, marks: Marks) -> None:
         """Write one shard of the token store and its ledger entry."""
@@ -82,6 +99,20 @@ class CorpusWork:
         tokens_NL, documents_NL = fill_windows(layout, parts.tokens_of, windows, shape.window_length, marks)
         write_token_shard(arrays, windows, tokens_NL, documents_NL)
         commit_shard(Folder(self.out), shard, {"windows": [windows.start, windows.stop], "tokens": tokens_NL.size})
+
+
+def marks_of(config: Config, tokenizer: Tokenizer) -> Marks:
+    """The ids that windows are filled with beside the text."""
+    wanted = config.prepend_bos == "always" or (config.prepend_bos == "auto" and tokenizer.adds_bos)
+    if wanted and tokenizer.bos is None:
+        raise InputError("corpus.prepend_bos = 'always', and the tokenizer has no BOS token", "set it to 'never'")
+    pad = next((mark for mark in (tokenizer.pad, tokenizer.eos) if mark is not None), 0)
+    return Marks(tokenizer.bos if wanted else None, pad)
+
+
+def _without_bos(tokens: Int32[np.ndarray, " tokens"], bos: int | None) -> Int32[np.ndarray, " fewer"]:
+    """Leave out the BOS that a chat template wrote, where every window starts with one anyway."""
+    return tokens[1:] if tokens[:1].tolist() == [bos] else tokens
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,7 @@ class Family:
     local_rope_theta: float | None = None  # of sliding layers, where they turn otherwise than the others
 
     hf_model_types: frozenset[str]
+    hf_defaults: Fields = field(default_factory=dict)  # more of them, for config.json alone
     hf_fields: Mapping[str, str]  # ours -> theirs
     hf_renamed: Mapping[str, str] = field(default_factory=dict)  # an older name -> the present one
     hf_derive: Callable[[Fields], Fields] = _nothing  # values that take more than a name, of the fields in hf_read

@@ -136,7 +136,9 @@ def _gguf_local_and_global(fields: Fields) -> dict[str, Any]:
 GEMMA3 = Family(
     name="gemma3",
     traits={**_TRAITS, "post_norms": True, "qk_norms": True},
-    defaults={**_DEFAULTS, "kv_heads": 4, "query_scalar": 256.0, "max_positions": 131072},
+    defaults={**_DEFAULTS, "kv_heads": 4, "query_scalar": 256.0},
+    # The text part of the 4B model says none of these.
+    hf_defaults={"query_heads": 8, "vocabulary": 262208, "max_positions": 131072},
     rope_theta=1_000_000.0,
     local_rope_theta=10_000.0,
     hf_model_types=frozenset({"gemma3_text"}),

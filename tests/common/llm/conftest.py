@@ -36,9 +36,18 @@ def exact_float32() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def recorder() -> ModuleType:
     """The recording script, which is the torch reference; only where torch is installed."""
+    return _script("record_reference_activations")
+
+
+@pytest.fixture(scope="session")
+def family_recorder() -> ModuleType:
+    """The recording script of the tiny models of all families; only where torch is installed."""
+    return _script("record_family_references")
+
+
+def _script(name: str) -> ModuleType:
     pytest.importorskip("torch")
-    path = REPOSITORY / "infra" / "record_reference_activations.py"
-    spec = importlib.util.spec_from_file_location("record_reference_activations", path)
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "infra" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

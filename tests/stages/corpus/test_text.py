@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.stages.corpus.text import check_source, read_documents
+from saex_pipe.stages.corpus.text import check_source, plain_text, read_documents
 
 TEXTS = ["first\nline two", "zweites ä", ""]
 
@@ -30,7 +30,7 @@ def test_every_format_is_read(tmp_path, suffix, compression):
     data = {"": lambda d: d, ".gz": gzip.compress, ".zst": zstandard.compress}[compression](data)
     path = tmp_path / f"text{suffix}{compression}"
     path.write_bytes(data)
-    assert list(read_documents(str(path), "body")) == (TEXTS[:1] if suffix == ".txt" else TEXTS)
+    assert list(read_documents(str(path), plain_text("body"))) == (TEXTS[:1] if suffix == ".txt" else TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_every_format_is_read(tmp_path, suffix, compression):
 def test_bad_files_are_named(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):
-        list(read_documents(str(tmp_path / name), "body"))
+        list(read_documents(str(tmp_path / name), plain_text("body")))
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     (tmp_path / "a.parquet").write_bytes(encoded(".parquet"))
     with pytest.raises(InputError, match=r"no column 'text'; set corpus.text_field; its columns are id, body"):
-        list(read_documents(str(tmp_path / "a.parquet"), "text"))
+        list(read_documents(str(tmp_path / "a.parquet"), plain_text("text")))
 
 
 def test_endings_are_known_or_refused():
