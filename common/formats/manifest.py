@@ -14,7 +14,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,7 +47,9 @@ class Manifest:
     versions: dict[str, str]
     contents: dict[str, Any]  # geometry and statistics, by stage
     totals: dict[str, Any]  # counts with their unit in the name
-    timings: dict[str, float]  # seconds of the process that finished; resumed: 1 where others had begun
+    timings: dict[
+        str, float
+    ]  # of the process that finished, in seconds or as shares; resumed: 1 where others had begun
     finished_at: str
 
     @staticmethod
@@ -156,8 +158,10 @@ class StageOutput:
         """Record shard ``shard`` as finished; its data must be durable before this call."""
         commit_shard(self.folder, shard, entry)
 
-    def finish(self, *, contents: dict[str, Any], totals: dict[str, Any]) -> Manifest:
-        """Write the manifest, which makes the output finished."""
+    def finish(
+        self, *, contents: dict[str, Any], totals: dict[str, Any], timings: Mapping[str, float] | None = None
+    ) -> Manifest:
+        """Write the manifest, which makes the output finished; the stage may have ``timings`` of its own."""
         self.metrics.close()
         manifest = Manifest(
             stage=self.config.stage,
@@ -168,7 +172,8 @@ class StageOutput:
             versions=_versions(),
             contents=contents,
             totals=totals,
-            timings={"seconds": round(time.monotonic() - self._start, 3), "resumed": float(self.resumed)},
+            timings={"seconds": round(time.monotonic() - self._start, 3), "resumed": float(self.resumed)}
+            | dict(timings or {}),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self.folder.write(MANIFEST, json.dumps(manifest.__dict__, indent=1, sort_keys=True).encode())

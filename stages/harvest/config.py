@@ -16,7 +16,9 @@ class Config(StageConfig):
     )
     tokens: Annotated[str, Upstream("corpus")] = setting(unit="URI", meaning="token store to run")
     taps: tuple[str, ...] = setting(
-        unit="names", meaning="activations to store, such as blocks.15.resid_pre", min_length=1
+        unit="names",
+        meaning="activations to store, such as blocks.15.resid_pre; * and {4,8} stand for several",
+        min_length=1,
     )
     store_dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "bfloat16", unit="", meaning="type of the stored activations; float16 cannot hold values above 65,504"
@@ -24,7 +26,17 @@ class Config(StageConfig):
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "bfloat16", unit="", meaning="type of weights and matmul inputs; sums are always float32"
     )
-    batch_windows: int = setting(32, unit="windows", meaning="windows in one forward pass", ge=1)
+    batch_windows: int = setting(32, unit="windows", meaning="windows in one forward pass, over all devices", ge=1)
+    model_parallel: int = setting(
+        1,
+        unit="devices",
+        meaning="devices that share one copy of the weights; the copies share out the windows",
+        affects_result=False,
+        ge=1,
+    )
+    writers: int = setting(
+        1, unit="shards", meaning="shards written at once; one more is being filled", affects_result=False, ge=1
+    )
     drop_special_tokens: bool = setting(True, unit="", meaning="keep BOS, separators and other special tokens out")
     drop_positions: tuple[int, ...] = setting(
         (0,), unit="positions", meaning="positions of every window that are never rows; the first is an attention sink"

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32
 
 from saex_pipe.common.llm.decoder import apply
 from saex_pipe.common.llm.params import LanguageModel
+from saex_pipe.common.mesh import batch_sharding, place_batch
 
 
 class Harvested(NamedTuple):
@@ -22,18 +24,35 @@ class Harvested(NamedTuple):
 Forward = Callable[[Int32[np.ndarray, "N L"]], Harvested]
 
 
-def make_forward(model: LanguageModel, taps: Sequence[str], store_dtype: str, batch_windows: int) -> Forward:
-    """A compiled forward pass for at most ``batch_windows`` windows; fewer are padded, so that it compiles once."""
+def compile_forward(
+    model: LanguageModel, taps: Sequence[str], store_dtype: str, *, shape: tuple[int, int], mesh: Mesh
+) -> Forward:
+    """Compile the forward pass for ``shape``, (windows, length), with the windows shared out over the data axis.
 
-    @jax.jit
-    def compiled(model: LanguageModel, tokens_NL: Int32[Array, "N L"]) -> Harvested:
+    Returns:
+        A function that queues one pass and returns at once. Fewer windows are padded; so is what comes out then.
+    """
+    rows = batch_sharding(mesh)
+
+    def harvest(model: LanguageModel, tokens_NL: Int32[Array, "N L"]) -> Harvested:
         found = apply(model, tokens_NL, taps=taps, logits=False).taps
         acts = {tap: acts_NLD.astype(store_dtype) for tap, acts_NLD in found.items()}
         return Harvested(acts, {tap: jnp.linalg.norm(acts_NLD, axis=-1) for tap, acts_NLD in found.items()})
 
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    compiled = jax.jit(harvest, out_shardings=rows).lower(model, tokens).compile()
+
     def forward(tokens_NL: Int32[np.ndarray, "N L"]) -> Harvested:
-        windows = len(tokens_NL)
-        harvested = compiled(model, np.pad(tokens_NL, ((0, batch_windows - windows), (0, 0))))
-        return jax.tree.map(lambda array: array[:windows], harvested) if windows < batch_windows else harvested
+        padded_NL = np.pad(tokens_NL, ((0, shape[0] - len(tokens_NL)), (0, 0)))
+        harvested: Harvested = compiled(model, place_batch(padded_NL, mesh))
+        for array in jax.tree.leaves(harvested):
+            for piece in pieces(array):
+                piece.data.copy_to_host_async()  # begins when the pass ends, whatever the host is busy with then
+        return harvested
 
     return forward
+
+
+def pieces(array: Array) -> list[jax.Shard]:
+    """The parts of an array on the devices here, each once."""
+    return [piece for piece in array.addressable_shards if piece.replica_id == 0]
