@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +74,7 @@ class Compiled(NamedTuple):
     temporary_bytes: int
     peak_bytes: int  # the most at any moment, all of the above and the program itself included
     collectives: dict[str, int]  # instructions in the program by kind; those of a loop's body count once
-    seconds: float  # lowering and compiling took
+    seconds: float  # that compiling took
 
 
 def topology(name: str) -> Topology:
@@ -110,31 +110,29 @@ def topology(name: str) -> Topology:
     return Topology(name, kind, len(devices) // _DEVICES_PER_CHIP.get(kind, 1), devices)
 
 
-def compile_ahead(function: Callable[..., Any], *arguments: Any, remedy: str = "") -> Compiled:
-    """Compile ``function`` for the devices that the shardings of ``arguments`` name.
+def compile_ahead(lowered: jax.stages.Lowered, *, remedy: str) -> Compiled:
+    """Compile a program for the devices that its arguments' shardings name.
 
     Args:
-        function: to be compiled; anything that ``jax.jit`` has not wrapped yet is wrapped here.
-        arguments: pytrees of ``jax.ShapeDtypeStruct`` with shardings.
+        lowered: of a jitted function and pytrees of ``jax.ShapeDtypeStruct`` with shardings on a ``Topology``.
         remedy: what to change where the program does not fit, for the message.
 
     Raises:
         InputError: the program needs more memory than a device has.
     """
     started = time.perf_counter()
-    jitted = function if hasattr(function, "lower") else jax.jit(function)
     try:
-        compiled = jitted.lower(*arguments).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _out_of_memory(error, remedy) from None
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return Compiled(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
-        collectives=count_collectives(compiled.as_text()),
+        collectives=count_collectives(compiled.as_text() or ""),
         seconds=seconds,
     )
 

@@ -142,6 +142,25 @@ def show_config(stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stag
     console.print_settings(chain.config_class(stage))
 
 
+@app.command()
+def plan(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage to plan: harvest.")],
+    recipe: _OptionalRecipe = None,
+    topology: Annotated[str, typer.Option(metavar="NAME", help="TPU slice, kind and grid of chips.")] = "v5e:2x4",
+    model: Annotated[str | None, typer.Option(metavar="URI", help="Model; its config.json is enough.")] = None,
+    model_parallel: Annotated[
+        int | None, typer.Option(metavar="N", help="Devices that share one copy of the weights.")
+    ] = None,
+    set_: _Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Compile a stage's step for TPUs that need not be here: memory per chip, tokens/s, bytes to store."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is here stays free for others
+    from saex_pipe.pipelines.plan import run_plan
+
+    run_plan(stage, recipe, topology, set_ or [], as_json, model=model, model_parallel=model_parallel)
+
+
 @contextmanager
 def _one_line_errors(debug: bool) -> Iterator[None]:
     """Turn what went wrong into one line and an exit status; with ``debug`` the traceback comes first."""

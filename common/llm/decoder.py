@@ -5,7 +5,7 @@ with depth. Matmuls take inputs in the dtype of the weights and give float32; th
 positions are float32.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -87,7 +87,7 @@ def apply(
         if SITES[start.site] == "resid_post":
             resid_NLD = visit(resume_from[0], resid_NLD)
             first += 1
-    resid_NLD = _run_blocks(model, resid_NLD, first, end, wanted, edits, captured)
+    resid_NLD = _run_blocks(model, resid_NLD, (first, end), wanted, edits, captured, visit)
     if end.layer < architecture.layers:
         return Output(None, captured)
     outside = model.outside
@@ -115,32 +115,34 @@ def _embed(model: LanguageModel, tokens_NL: Int[Array, "N L"]) -> Float[Array, "
 def _run_blocks(
     model: LanguageModel,
     resid_NLD: Array,
-    first: int,
-    end: Tap,
-    wanted: Mapping[str, Tap],
-    edits: Mapping[str, Edit],
+    span: tuple[int, Tap],
+    wanted: Collection[str],
+    edited: Collection[str],
     captured: dict[str, Array],
+    visit: Visit,
 ) -> Array:
-    """Blocks from ``first`` up to the last that ``end`` needs, and the ``resid_pre`` where it ends."""
+    """The blocks of ``span``: from a first one up to the last that its end needs, and the ``resid_pre`` there."""
+    layer, end = span
     layers = model.architecture.layers
     ends_before_block = SITES[end.site] == "resid_pre" and end.layer < layers
     stop = end.layer if ends_before_block else min(end.layer + 1, layers)
     tables = positions(model.architecture, resid_NLD.shape[1])
-    layer = first
     while layer < stop:
-        run = _run_length(layer, stop, wanted, edits)
-        if run == 1:
-            resid_NLD = run_block(model, layer, resid_NLD, tables, _visitor(layer, wanted, edits, captured))
+        sites, run = _next_run(layer, stop, wanted, edited)
+        if sites is None:
+            resid_NLD = run_block(model, layer, resid_NLD, tables, partial(_visit_in, visit, layer))
         else:
-            body = partial(_scanned_block, model, tables, _sites(layer, wanted))
+            if not sites:
+                resid_NLD = visit(f"blocks.{layer}.resid_pre", resid_NLD)
+            body = partial(_scanned_block, model, tables, sites)
             # Over layer numbers, not over a slice of the weights, which would be copied at every call.
             resid_NLD, stacked = jax.lax.scan(body, resid_NLD, jnp.arange(layer, layer + run))
             for place in range(run):
                 captured |= {f"blocks.{layer + place}.{site}": values[place] for site, values in stacked.items()}
+            if not sites:
+                resid_NLD = visit(f"blocks.{layer + run - 1}.resid_post", resid_NLD)
         layer += run
-    if ends_before_block:
-        resid_NLD = _visitor(stop, wanted, edits, captured)("resid_pre", resid_NLD)
-    return resid_NLD
+    return visit(f"blocks.{stop}.resid_pre", resid_NLD) if ends_before_block else resid_NLD
 
 
 def _scanned_block(
@@ -157,29 +159,40 @@ def _scanned_block(
     return run_block(model, layer, resid_NLD, tables, visit), seen
 
 
-def _run_length(layer: int, stop: int, wanted: Mapping[str, Tap], edits: Mapping[str, Edit]) -> int:
-    """How many blocks from ``layer`` on have the same taps and no edits; 1 for one with edits."""
-    edited = {name.split(".")[1] for name in edits if name.startswith("blocks.")}
-    end = layer
-    while end < stop and str(end) not in edited and _sites(end, wanted) == _sites(layer, wanted):
-        end += 1
-    return max(end - layer, 1)
+def _visit_in(visit: Visit, layer: int, site: str, value: Array) -> Array:
+    return visit(f"blocks.{layer}.{site}", value)
 
 
-def _sites(layer: int, wanted: Mapping[str, Tap]) -> frozenset[str]:
-    return frozenset(SITES[place.site] for name, place in wanted.items() if name.startswith(f"blocks.{layer}."))
+def _next_run(
+    layer: int, stop: int, wanted: Collection[str], edited: Collection[str]
+) -> tuple[frozenset[str] | None, int]:
+    """How many blocks from ``layer`` on are one scan, and the taps inside each; None for a block by itself.
+
+    Blocks with the same taps are one scan. So are those that nothing touches but before the first of them and after
+    the last, which is done outside the scan.
+    """
+
+    def touched(layer: int) -> frozenset[str]:
+        return _sites(layer, wanted) | _sites(layer, edited)
+
+    def run_of(same: Callable[[int], bool]) -> int:
+        return next((other for other in range(layer + 1, stop) if not same(other)), stop) - layer
+
+    sites = _sites(layer, wanted)
+    if sites and (run := run_of(lambda other: _sites(other, wanted) == sites and not _sites(other, edited))) > 1:
+        return (sites, run) if not _sites(layer, edited) else (None, 1)
+    if "resid_post" in touched(layer) and touched(layer) <= {"resid_pre", "resid_post"}:
+        return frozenset(), 1
+    if not touched(layer) <= {"resid_pre"}:
+        return None, 1
+    run = run_of(lambda other: not touched(other))
+    ends_tapped = layer + run < stop and touched(layer + run) == {"resid_post"}
+    return frozenset(), run + ends_tapped
 
 
-def _visitor(layer: int, wanted: Mapping[str, Tap], edits: Mapping[str, Edit], captured: dict[str, Array]) -> Visit:
-    def visit(site: str, value: Array) -> Array:
-        name = f"blocks.{layer}.{site}"
-        if name in edits:
-            value = edits[name](value, captured).astype(value.dtype)
-        if name in wanted:
-            captured[name] = value
-        return value
-
-    return visit
+def _sites(layer: int, names: Collection[str]) -> frozenset[str]:
+    start = f"blocks.{layer}."
+    return frozenset(name.removeprefix(start) for name in names if name.startswith(start))
 
 
 def _resume_place(name: str, model: LanguageModel) -> Tap:

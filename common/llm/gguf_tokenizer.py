@@ -87,7 +87,8 @@ def convert(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # tokenizers raises bare Exception, and a damaged field may be of any type
-        raise InputError(f"{path}: the tokenizer cannot be converted ({error})", _REMEDY) from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: the tokenizer cannot be converted ({reason})", _REMEDY) from None
     return {
         "tokenizer_json": tokenizer.to_str(),
         "special": special,

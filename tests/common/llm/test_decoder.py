@@ -8,7 +8,7 @@ import pytest
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm.decoder import apply, unembed
 from saex_pipe.common.llm.load import load_model
-from saex_pipe.common.llm.taps import all_names, width
+from saex_pipe.common.llm.taps import all_names, expand, width
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,36 @@ def test_computation_ends_at_the_last_tap(name, path, tiny, expected):
     close(output.taps[name], expected[name])
 
 
+@pytest.mark.parametrize(
+    ("names", "edited"),
+    [
+        (["blocks.*.resid_post"], []),
+        (["blocks.*.resid_pre", "blocks.*.attn_z"], []),
+        (["blocks.{1,2}.mlp_out", "blocks.3.resid_post"], []),
+        (["blocks.1.resid_post", "blocks.2.resid_pre", "blocks.3.resid_post"], []),
+        (["blocks.{0,2}.resid_pre", "blocks.0.resid_post"], []),
+        (["blocks.{0,1,2}.mlp_in"], ["blocks.1.attn_out"]),
+        (["blocks.3.resid_mid"], ["blocks.1.resid_post", "blocks.2.resid_pre"]),
+        (["blocks.{2,3}.resid_post"], ["blocks.2.resid_post"]),
+    ],
+)
+def test_taps_are_the_same_however_blocks_are_run(names, edited, model, tiny):
+    """Scans of many blocks, with and without taps inside, blocks by themselves, and all of these in turn."""
+    names = expand(names, model.architecture)
+    edits = {name: lambda value, _: 0.1 - value for name in edited}
+    expected = tiny.reference(tiny.tokens_NL(), edits={name: lambda value: 0.1 - value for name in edited})
+    found = jax.jit(lambda model, t: apply(model, t, taps=names, edits=edits))(model, tiny.tokens_NL())
+    assert sorted(found.taps) == sorted(names)
+    for name in names:
+        close(found.taps[name], expected[name])
+    close(found.logits_NLV, expected["logits"])
+
+
 def test_weights_above_the_last_layer_are_never_read(tiny, tmp_path, monkeypatch):
     from saex_pipe.common.llm.gguf import GgufFile
 
     names, read = [], GgufFile.read
-    monkeypatch.setattr(GgufFile, "read", lambda self, name: (names.append(name), read(self, name))[1])
+    monkeypatch.setattr(GgufFile, "read", lambda self, name, *dtype: (names.append(name), read(self, name, *dtype))[1])
     load_model(tiny.write_gguf(tmp_path / "tiny.gguf"), last_layer=1, with_unembedding=False)
     assert {name.split(".")[1] for name in names if name.startswith("blk")} == {"0", "1"}
 

@@ -11,9 +11,10 @@ import pytest
 from reference_models.configurations import NARROW
 from reference_models.folders import DATA, config_of, reference_of, tokens_NL, weights_of, write_folder, write_model
 from reference_models.hub_configs import HUB
-from reference_models.running import check_equal, compute, errors, kept
+from reference_models.running import check_equal, compile_forward, compute, errors, kept, relative_error
 
 from saex_pipe.common.errors import InputError
+from saex_pipe.common.llm import attention
 from saex_pipe.common.llm.load import read_architecture
 from saex_pipe.common.llm.taps import SITES
 
@@ -30,6 +31,13 @@ def test_every_tap_equals_the_reference(key, tmp_path):
 @pytest.mark.parametrize("key", HUB)
 def test_older_folder_of_the_same_model_gives_the_same(key, tmp_path):
     check_equal(kept(compute(HUB[key].write(tmp_path))), reference_of(key))
+
+
+@pytest.mark.parametrize("key", ["gemma2/capped", "llama/llama3_biased"])
+def test_attention_in_several_blocks_gives_the_same(key, tmp_path, monkeypatch):
+    """Windows of tokens so long that attention cuts them: here into blocks of 4, 4 and 2 tokens."""
+    monkeypatch.setattr(attention, "_BLOCK", 4)
+    check_equal(kept(compute(write_model(tmp_path, key), forward=compile_forward())), reference_of(key))
 
 
 @pytest.mark.parametrize("key", ["gpt2/untied_inner", "qwen3/tied", "gemma3/with_vision"])
@@ -69,12 +77,17 @@ def test_bfloat16_differs_by_the_rounding_of_matmul_inputs(key, tmp_path):
     of its norm. K independent roundings add in quadrature, to 0.39 u sqrt(K) where what lies between passes relative
     errors on unchanged. Taking u for each leaves a gain of 2.5, which softmax (scores of about 3) and gates (products
     of two rounded numbers) come close to.
-    Where nothing was rounded nothing may differ.
+    Where nothing was rounded nothing may differ, and the residual stream is summed in float32.
     """
     path = write_model(tmp_path, key, in_bfloat16=True)
     unit = 2.0**-8
-    found = errors(compute(path, "bfloat16"), compute(path))
+    values = compute(path, "bfloat16")
+    found = errors(values, compute(path))
     layers = read_architecture(path).layers
+    for layer in range(layers):
+        tap = {site: values[f"blocks.{layer}.{site}"] for site in SITES}
+        assert relative_error(tap["resid_mid"], tap["resid_pre"] + tap["attn_out"]) <= 1e-6
+        assert relative_error(tap["resid_post"], tap["resid_mid"] + tap["mlp_out"]) <= 1e-6
     for name, error in found.items():
         assert error <= unit * math.sqrt(roundings(name, layers)), f"{name}: {error / unit:.2f} u"
     assert found["logits"] > 0.5 * unit

@@ -112,7 +112,10 @@ def test_tensors_that_do_not_fit_the_configuration(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "t5"}, "model_type 't5' is not one this version runs; known ones are gemma, .*, llama, mistral"),
+        (
+            {"model_type": "t5"},
+            "model_type 't5' is not one this version runs; known ones are gemma, .*, llama, mistral",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' lacks 'low_freq_factor'"),
         ({"attention_bias": True}, r"lacks tensor model\.layers\.0\.self_attn\.q_proj\.bias"),

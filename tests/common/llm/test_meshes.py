@@ -24,7 +24,7 @@ from saex_pipe.common.mesh import batch_sharding, make_mesh
 
 LIMIT = 1e-5
 # Both axes cut for every model, and the extremes where they matter; the slow tests run the rest.
-OFTEN = [(name, 4) for name in CONFIGS] + [("repeated_keys", 8), ("learned_positions", 8), ("grouped", 1)]
+OFTEN = [(name, 4) for name in CONFIGS] + [("repeated_keys", 8), ("grouped", 1)]
 SELDOM = [(name, axis) for name in CONFIGS for axis in MODEL_AXES if (name, axis) not in OFTEN]
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from saex_pipe.common.llm import load
+from saex_pipe.common.llm import checkpoint
 from saex_pipe.common.llm.decoder import apply
 from saex_pipe.common.llm.load import load_model
 from saex_pipe.common.llm.taps import SITES, all_names
@@ -71,7 +71,7 @@ def test_bfloat16_differs_by_rounding_only(quickstart_path, recorded, relative_e
 
 
 def test_rows_left_in_the_order_of_the_file_are_noticed(quickstart_path, recorded, relative_error, monkeypatch):
-    monkeypatch.setattr(load, "unpermute_rows", lambda weights, heads: weights)
+    monkeypatch.setattr(checkpoint, "unpermute_rows", lambda weights, heads: weights)
     names = ["blocks.0.attn_in", "blocks.0.attn_z", "blocks.15.attn_out"]
     found = errors(run(quickstart_path, recorded["tokens_NL"], names=names), recorded, relative_error)
     assert found["full/blocks.0.attn_in"] <= LIMIT

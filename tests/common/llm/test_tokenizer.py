@@ -38,6 +38,16 @@ def test_gguf_tokenizer_round_trip(smollm2):
     assert smollm2.special_ids == frozenset(range(17))
 
 
+def test_an_added_token_is_shown_as_it_is_spelled(folder):
+    """Not by the alphabet of the byte-level tokens, in which "é" is a byte of its own."""
+    made = tokenizers.Tokenizer(models.BPE({"Ã": 0, "é": 1}, []))
+    made.decoder = decoders.ByteLevel()
+    made.add_tokens([tokenizers.AddedToken("é", normalized=False)])
+    made.save(str(folder / "tokenizer.json"))
+    found = load_tokenizer(folder)
+    assert [found.token_text(number) for number in (0, 1)] == ["\\xc3", "é"]
+
+
 def test_text_is_split_by_the_rule_that_the_file_names(smollm2):
     """llama.cpp's rule "smollm": every digit by itself, so that no blank joins a digit; not so with GPT-2's."""
     ids = smollm2.encode_batch(["in  1984 (a)", "<|im_start|>user"])
@@ -130,12 +140,6 @@ def test_refusals(folder, tiny_llama, tmp_path, cache):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(folder)
-
-
-def test_an_unknown_splitting_rule_is_refused(monkeypatch, quickstart_path):
-    monkeypatch.delitem(gguf_tokenizer._SPLITS, "smollm")
-    with pytest.raises(InputError, match="splits text by the unknown rule 'smollm'"):
-        gguf_tokenizer.convert(quickstart_path)
 
 
 def test_importing_it_is_light():
