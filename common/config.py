@@ -8,6 +8,7 @@ what it holds, see ``formats.manifest``).
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,13 +118,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def comma_list(config: type[StageConfig], name: str, value: Any) -> Any:
-    """Split ``"a,b"`` where field ``name`` takes a list; None is the word where it cannot be unset."""
+    """Split ``"a,b"`` where field ``name`` takes a list, save within braces; None is the word where it cannot be unset."""
     field = config.model_fields.get(name)
     if value is None and field is not None and type(None) not in get_args(field.annotation):
         value = "none"
     if field is not None and get_origin(field.annotation) is tuple:
         if isinstance(value, str):
-            return [part.strip() for part in value.split(",")]
+            return [part.strip() for part in re.split(r",(?![^{]*})", value)]
         if not isinstance(value, list | tuple):
             return [value]
     return value

@@ -30,10 +30,11 @@ class Door(NamedTuple):
 
 
 PLOTTING = ("matplotlib", "plotly", "altair", "bokeh", "seaborn")
-WEB = ("http.server", "flask", "fastapi", "starlette", "uvicorn", "aiohttp", "jinja2")
+WEB = ("http.server", "flask", "fastapi", "starlette", "uvicorn", "aiohttp")
 DOORS = (
     Door(("gguf",), r"common/llm/gguf\.py", "common/llm/gguf.py"),
     Door(("transformers",), r"common/llm/.*", "common/llm"),
+    Door(("jinja2",), r"common/llm/chat_template\.py", "common/llm/chat_template.py"),
     Door(("tensorstore", "zarr"), r"common/formats/.*", "common/formats"),
     Door(("apache_beam",), r".*/beam\.py", "files named beam.py"),
     Door(("typer",), r"pipelines/.*", "pipelines"),

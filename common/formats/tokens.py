@@ -46,7 +46,7 @@ class TokenStoreInfo:
     window_length: int  # tokens
     packing: str
     shard_windows: int
-    tokenizer: dict[str, Any]  # uri, digest, vocabulary, bos, eos, pad, special_ids
+    tokenizer: dict[str, Any]  # uri, digest, vocabulary, bos, eos, pad, special_ids, chat_template (its digest)
     documents: int  # of the sources
 
     @property

@@ -1,8 +1,10 @@
 """The tokenizer of a Hugging Face folder: ``tokenizer.json``, and what the files beside it say of its tokens' roles.
 
-The files are read as ``transformers`` 5 reads them (``PreTrainedTokenizerBase._from_pretrained``).
+The files are read as ``transformers`` 5 reads them (``PreTrainedTokenizerBase._from_pretrained``). Folders from before
+there was a ``tokenizer.json`` go through its converters, which know every older format.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm.hugging_face import read_json
 
 _ROLES = ("bos", "eos", "pad")
+_OLDER = ("tokenizer.model", "spiece.model", "vocab.json")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The arguments of ``Tokenizer``, as JSON values, for the ``tokenizer.json`` at ``path``.
+    """The arguments of ``Tokenizer``, as JSON values, for the ``tokenizer.json`` at ``path`` or what precedes it there.
 
     Raises an ``InputError`` where it, or a file beside it, cannot be read.
     """
@@ -30,6 +33,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _vocabulary(path: Path) -> tuple[str, tokenizers.Tokenizer]:
+    if not path.exists() and any((path.parent / name).is_file() for name in _OLDER):
+        return _converted(path.parent)
     try:
         text = path.read_text(encoding="utf-8")
         return text, tokenizers.Tokenizer.from_str(text)
@@ -39,6 +44,22 @@ def _vocabulary(path: Path) -> tuple[str, tokenizers.Tokenizer]:
         raise InputError(f"{path} is not a tokenizer.json", "get an intact copy of it") from None
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"{path} is not a tokenizer.json: {error}", "get an intact copy of it") from None
+
+
+def _converted(folder: Path) -> tuple[str, tokenizers.Tokenizer]:
+    # transformers remarks at import that torch is missing, which is how we want it.
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+    from transformers import AutoTokenizer  # slow to import (2 s)
+
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    except Exception as error:  # whatever a converter may raise
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{folder} has no tokenizer.json, and its older files cannot be converted ({reason})",
+            "name another tokenizer, a folder with tokenizer.json",
+        ) from None
+    return vocabulary.to_str(), vocabulary
 
 
 def _role_ids(vocabulary: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> dict[str, int | None]:

@@ -84,6 +84,7 @@ def test_an_assignment_without_a_sign_is_refused():
 
 def test_comma_lists_are_for_list_settings_only():
     assert comma_list(Config, "shapes", "loaf, roll") == ["loaf", "roll"]
+    assert comma_list(Config, "shapes", "bun.{1,2}, roll") == ["bun.{1,2}", "roll"]
     assert comma_list(Config, "sizes", 3) == [3]
     assert comma_list(Config, "oven", "a,b") == "a,b"
 

@@ -52,7 +52,7 @@ def test_a_tap_in_every_block_adds_its_own_output_and_no_block(name):
 
 def test_the_count_notices_blocks_one_by_one(monkeypatch):
     few = operations(lowered("grouped", FEW, "logits"))
-    monkeypatch.setattr("saex_pipe.common.llm.decoder._run_length", lambda *_: 1)
+    monkeypatch.setattr("saex_pipe.common.llm.decoder._next_run", lambda *_: (None, 1))
     assert operations(lowered("grouped", 6, "logits")) > few * 2 * WITHIN
 
 

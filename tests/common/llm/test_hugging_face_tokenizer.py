@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm.tokenizer import load_tokenizer
@@ -172,3 +172,36 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"chat_template\.jinja cannot be read"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture
+def older_folder(tmp_path):
+    """GPT-2's first files: a vocabulary and merges, and no ``tokenizer.json``."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = ["the quick brown fox jumps over the lazy dog's 12 34 tails"] * 4
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    made.add_special_tokens(["<|endoftext|>"])
+    model = json.loads(made.to_str())["model"]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]))
+    end = made.token_to_id("<|endoftext|>")
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"] | {"<|endoftext|>": end}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": end, "eos_token_id": end}))
+    return tmp_path, made
+
+
+def test_a_folder_from_before_tokenizer_json(older_folder):
+    folder, made = older_folder
+    found = load_tokenizer(folder)
+    text = "The quick  fox's 123\n\n dög<|endoftext|>tail"
+    assert list(found.encode_batch([text])[0]) == made.encode(text).ids
+    assert found.decode(made.encode(text).ids) == text
+    assert (found.bos, found.eos, found.adds_bos) == (made.token_to_id("<|endoftext|>"),) * 2 + (False,)
+
+
+def test_older_files_that_cannot_be_converted(older_folder):
+    folder, _ = older_folder
+    (folder / "vocab.json").write_text("[")
+    with pytest.raises(InputError, match=r"has no tokenizer\.json, and its older files cannot be converted"):
+        load_tokenizer(folder)
