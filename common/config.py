@@ -118,7 +118,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def comma_list(config: type[StageConfig], name: str, value: Any) -> Any:
-    """Split ``"a,b"`` where field ``name`` takes a list, save within braces; None is the word where it cannot be unset."""
+    """Split ``"a,b"`` (not within braces) where ``name`` takes a list; None is the word where it cannot be unset."""
     field = config.model_fields.get(name)
     if value is None and field is not None and type(None) not in get_args(field.annotation):
         value = "none"

@@ -111,7 +111,8 @@ def build(family: str, values: dict[str, object], names: dict[str, str], where: 
         )
     values["activation"] = ACTIVATIONS[str(activation)]
     values.setdefault("rope", None)
-    if not any(values.get("sliding", ())):  # said in one way, so that equal models are equal
+    sliding = values.get("sliding")
+    if not (isinstance(sliding, tuple) and any(sliding)):  # said in one way, so that equal models are equal
         values |= {"sliding": (), "sliding_window": 0}
     architecture = Architecture(family=family, **values)  # type: ignore[arg-type]
     _check_heads(architecture, where)
