@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saex_pipe.stages.harvest import overlap
-from saex_pipe.stages.harvest.forward import Harvested
+from saex_pipe.stages.harvest.forward import Harvested, pieces
 from saex_pipe.stages.harvest.overlap import DeviceClock, Passes, ahead
 from saex_pipe.stages.harvest.shard import Shard, copy_rows
 
@@ -127,6 +127,8 @@ def test_rows_are_copied_from_the_devices_that_hold_them_without_the_padding(row
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
     target = np.full((rows + 1, 3), -1, np.float32)
-    copy_rows(jax.device_put(whole, sharding), target[:rows])
+    array = jax.device_put(whole, sharding)
+    copy_rows(array, target[:rows])
+    assert len(pieces(array)) == 4, "each row once"
     np.testing.assert_array_equal(target[:rows], whole[:rows])
     assert (target[rows] == -1).all()
