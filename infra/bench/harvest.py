@@ -23,6 +23,7 @@ that other load on the machine hits all alike. Activations of both sides are com
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,7 @@ MODELS = {
     "gpt2-small": lambda place: write_gpt2_small(place, layers=6),
 }
 PEERS = ("transformers", "saelens", "saelens-proxy")
+BUSY = 0.5  # processes running on average over a minute
 PAUSE_SECONDS = 0.2  # between sides, for threads that spin before they sleep
 LONG = (2048, 4096, 8192)
 # Relative error up to which two sides compute the same thing; bfloat16 keeps 8 bits, through up to 15 blocks.
@@ -218,6 +220,8 @@ def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         place = Path(folder)
+        if os.getloadavg()[0] > BUSY:
+            note(f"{os.getloadavg()[0]:.1f} other processes are running: torch loses more by that than we do")
         subjects = [MODELS[name](place) for name in options.models.split(",")]
         process = None
         if options.peer_python is None:
