@@ -257,7 +257,7 @@ TEXTS = {  # name of the file: (its bytes, the line)
         parquet(body=["a"]),
         r"other.parquet has no column 'text'; set corpus.text_field; its columns are body",
     ),
-    "numbers.parquet": (parquet(text=[1, 2]), r"numbers.parquet: row 1: 'text' gives no text: it holds int, not text; "),
+    "numbers.parquet": (parquet(text=[1, 2]), r"numbers.parquet: row 1: 'text' gives no text: it holds int, "),
     "line3.jsonl": (
         b'{"text": "a"}\n{"text": "b"}\n{"text": c}\n',
         r"line3.jsonl: line 3 is not JSON; give one JSON object",
