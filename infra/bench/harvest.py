@@ -167,7 +167,8 @@ def forward_cases(
     ]
     peers = [opponents.side(peer, tokens_NL, wanted_NLD) for peer in PEERS]
     rates = alternate([*ours, *(side for side in peers if side is not None)], rounds)
-    for side, peer in zip((ours[0], ours[2], ours[2]), peers, strict=True):
+    delivered = [(ours[2], peer) for peer in peers[1:] if peer is not None] or [(ours[2], None)]
+    for side, peer in [(ours[0], peers[0]), *delivered]:
         case = f"{subject.name} {tap} {dtype} windows {shape.windows}x{shape.length}, {side.name}"
         name = "" if peer is None else peer.name
         yield line(case, rates[side.name], rates["matmuls"], name, rates.get(name, []))
@@ -202,12 +203,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peer-python", metavar="PATH", help="a Python with torch, transformers, sae-lens and datasets"
     )
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", help=f"of {', '.join(MODELS)}; with --quick the first alone")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--windows", metavar="NxL,...", help="windows of one pass, and tokens of a window")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--parts", default="forward,long,stage", help="which cases, of forward, long and stage")
     found = parser.parse_args()
+    found.models = found.models.split(",") if found.models else list(MODELS)[: 1 if found.quick else None]
     windows = found.windows or ("8x128" if found.quick else "8x128,32x128,1x1024,4x1024")
     found.shapes = [Shape(*map(int, text.split("x"))) for text in windows.split(",")]
     found.rounds = found.rounds or (3 if found.quick else 9)
@@ -222,7 +224,7 @@ def main() -> None:
         place = Path(folder)
         if os.getloadavg()[0] > BUSY:
             note(f"{os.getloadavg()[0]:.1f} other processes are running: torch loses more by that than we do")
-        subjects = [MODELS[name](place) for name in options.models.split(",")]
+        subjects = [MODELS[name](place) for name in options.models]
         process = None
         if options.peer_python is None:
             note("no peers: --peer-python names no Python that has them")
