@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saex_pipe.common.errors import InputError
 
-AXES = ("data", "model")
+DATA, MODEL = AXES = ("data", "model")
 
 
 def make_mesh(model: int = 1, data: int | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -46,12 +46,12 @@ def make_mesh(model: int = 1, data: int | None = None, devices: Sequence[jax.Dev
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over ``data``, everything else of a row on each device of its row."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(DATA))
 
 
 def check_batch(rows: int, mesh: Mesh, name: str) -> None:
     """Raise an ``InputError`` where a batch of ``rows`` does not divide over ``data``; ``name`` is its setting's."""
-    shares = mesh.shape["data"]
+    shares = mesh.shape[DATA]
     if rows % shares:
         raise InputError(
             f"{name} = {rows} does not divide over {shares} devices of the data axis",

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.attention import causal_attention, rotary_tables, rotate
-from saex_pipe.common.llm.params import DATA, MODEL, LanguageModel
+from saex_pipe.common.llm.params import LanguageModel
+from saex_pipe.common.mesh import DATA, MODEL
 
 # Gets the name of a site and its value; returns the value to go on with.
 Visit = Callable[[str, Array], Array]
@@ -114,7 +115,7 @@ def _attention(
     qkv = model.cut(qkv, DATA, None, MODEL)
     query, key, value = jnp.split(qkv, [qkv.shape[3] - 2, qkv.shape[3] - 1], axis=3)
     if block.query_norm is not None:
-        query, key = _head_norm(a, query, block.query_norm), _head_norm(a, key, block.key_norm)
+        query, key = norm(a, query, block.query_norm), norm(a, key, block.key_norm)
     tables = places.tables(layer)
     if tables is not None:
         query, key = rotate(query, tables), rotate(key, tables)
@@ -144,10 +145,6 @@ def _project(x_NLI: Float[Array, "N L I"], weights: nnx.Param, bias: nnx.Param |
         x_NLI.astype(w.dtype), w, (((x_NLI.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
     return out if bias is None else out + _row(bias, out.ndim)
-
-
-def _head_norm(a: Architecture, heads: Float[Array, "N L G r d"], scale: nnx.Param) -> Float[Array, "N L G r d"]:
-    return norm(a, heads, scale)
 
 
 def _row(weights: nnx.Param, dimensions: int) -> Array:

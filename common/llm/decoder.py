@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.block import Positions, Visit, block_input, norm, positions, run_block
-from saex_pipe.common.llm.params import DATA, MODEL, LanguageModel
+from saex_pipe.common.llm.params import LanguageModel
 from saex_pipe.common.llm.taps import SITES, Tap
+from saex_pipe.common.mesh import DATA, MODEL
 
 # Gets the value at its tap and the requested taps computed before it; returns the value to go on with.
 Edit = Callable[[Array, Mapping[str, Array]], Array]

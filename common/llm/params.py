@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.llm.architecture import Architecture
-
-DATA, MODEL = "data", "model"
+from saex_pipe.common.mesh import MODEL
 
 # How each weight is cut (Shoeybi et al. 2019, Megatron-LM, https://arxiv.org/abs/1909.08053): by heads, by the
 # MLP's hidden dimensions, by the vocabulary. What is not named here lies whole on every device.
