@@ -5,14 +5,18 @@ is cut into a fixed number of lanes and each lane into pools; the rows of a pool
 training (row i of step t is g = t * batch_rows + i) lies in epoch g // rows, and takes its turn in lane
 g % lanes, so that every batch draws from all lanes. Hence every kept row comes exactly once an epoch,
 whatever the number of hosts, and any step is found without replaying the ones before it.
+
+The lanes change pools one after the other, each an eighth of a pool later than the one before, so that two pools
+of memory beyond the lanes' own are enough to read ahead.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 _CHUNKS, _ROWS = 0, 1  # which permutation a random stream is for
 
@@ -26,10 +30,10 @@ class Pool(NamedTuple):
 
 
 class PoolRows(NamedTuple):
-    """The rows of one batch that come from one pool."""
+    """Rows next to one another in a batch that come from one pool."""
 
     pool: Pool
-    rows: Int64[np.ndarray, " B"]  # indices into the pool's rows in stream order
+    turns: Int64[np.ndarray, " B"]  # which of the pool's rows in the order they are dealt out, see ``RowOrder.dealt``
 
 
 class ChunkRows(NamedTuple):
@@ -47,7 +51,7 @@ class RowOrder:
     ``pool_rows`` bounds the rows of one pool; one pool a lane is in use at any time.
     """
 
-    rows_per_chunk: Int64[np.ndarray, " chunks"]
+    rows_per_chunk: Int[np.ndarray, " chunks"]
     seed: int
     pool_rows: int
     lanes: int = 8
@@ -55,30 +59,38 @@ class RowOrder:
     @cached_property
     def rows(self) -> int:
         """Kept rows of the store: the length of an epoch."""
-        return int(self.rows_per_chunk.sum())
+        return int(self.rows_per_chunk.sum(dtype=np.int64))
 
-    def batch(self, step: int, batch_rows: int) -> list[PoolRows]:
-        """Where the ``batch_rows`` rows of step ``step`` come from, in the order of the batch."""
-        position_B = np.arange(step * batch_rows, (step + 1) * batch_rows, dtype=np.int64)
-        epoch_B, turn_B = np.divmod(position_B, self.rows)
-        lane_B, offset_B = turn_B % self.lanes, turn_B // self.lanes
+    def span(self, start: int, stop: int) -> list[PoolRows]:
+        """Where the rows at positions [start, stop) of training come from, lane by lane."""
         parts = []
-        for epoch in np.unique(epoch_B):
+        for epoch, begin, length in self._epochs(start, stop):
+            turn = np.arange(max(start - begin, 0), min(stop - begin, length), dtype=np.int64)
+            lane_B, offset_B = turn % self.lanes, turn // self.lanes
             for lane in range(self.lanes):
-                here = self._lane_start(lane) + offset_B[(epoch_B == epoch) & (lane_B == lane)]
+                here = self._lane_start(epoch, lane) + offset_B[lane_B == lane]
                 while len(here):  # ascending positions of the stream; usually all in one pool
-                    pool = self._pool_at(int(epoch), lane, int(here[0]))
+                    pool = self._pool_at(epoch, lane, int(here[0]))
                     inside = int(np.searchsorted(here, pool.stop))
-                    parts.append(PoolRows(pool, self._permutation(pool)[here[:inside] - pool.start]))
+                    parts.append(PoolRows(pool, here[:inside] - pool.start))
                     here = here[inside:]
         return parts
 
-    def next_pool(self, pool: Pool) -> Pool:
-        """The pool that takes over in the same lane when ``pool`` is used up."""
-        lane = max(lane for lane in range(self.lanes) if self._lane_start(lane) <= pool.start)
-        if pool.stop < self._lane_start(lane + 1):
+    def dealt(self, part: PoolRows) -> Int64[np.ndarray, " B"]:
+        """Indices of these rows among the pool's rows in stream order."""
+        return _permuted_rows(self.seed, part.pool)[part.turns]
+
+    def _epochs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The epochs that positions [start, stop) lie in: number, first position, rows."""
+        for epoch in range(start // self.rows, -(-stop // self.rows)):
+            yield epoch, epoch * self.rows, self.rows
+
+    def next_pool(self, pool: Pool) -> Pool | None:
+        """The pool that takes over in the same lane when ``pool`` is used up, None where there is none yet."""
+        lane = max(lane for lane in range(self.lanes) if self._lane_start(pool.epoch, lane) <= pool.start)
+        if pool.stop < self._lane_start(pool.epoch, lane + 1):
             return self._pool_at(pool.epoch, lane, pool.stop)
-        return self._pool_at(pool.epoch + 1, lane, self._lane_start(lane))
+        return self._pool_at(pool.epoch + 1, lane, self._lane_start(pool.epoch + 1, lane))
 
     def chunks(self, pool: Pool) -> list[ChunkRows]:
         """The pieces of chunks that make up ``pool``, in stream order."""
@@ -95,32 +107,49 @@ class RowOrder:
                 pieces.append(ChunkRows(int(chunk_order[place]), *piece))
         return pieces
 
-    def _lane_start(self, lane: int) -> int:
+    @property
+    def largest_pool(self) -> int:
+        """Rows of the largest pool."""
+        longest = self._lane_start(0, 1)
+        return -(-longest // self._pools(longest))
+
+    def _lane_start(self, epoch: int, lane: int) -> int:
         return lane * (self.rows // self.lanes) + min(lane, self.rows % self.lanes)
 
+    def _pools(self, length: int) -> int:
+        """How many full pools a lane of ``length`` rows is cut into."""
+        return max(1, -(-length // self.pool_rows))
+
     def _pool_at(self, epoch: int, lane: int, position: int) -> Pool:
-        """The pool of ``lane`` that holds ``position`` of the stream; a lane is cut into pools of equal size."""
-        start, stop = self._lane_start(lane), self._lane_start(lane + 1)
-        number = max(1, -(-(stop - start) // self.pool_rows))
+        """The pool of ``lane`` that holds ``position`` of the stream.
+
+        A lane is cut into pools of equal size, but where there are several, the first one is the shorter the lower the
+        lane; what it lacks makes the last one.
+        """
+        start, stop = self._lane_start(epoch, lane), self._lane_start(epoch, lane + 1)
+        length = stop - start
+        number = self._pools(length)
+        lag = (self.lanes - 1 - lane) if number > 1 else 0  # in parts of a pool
 
         def cut(place: int) -> int:
-            return start + (stop - start) * place // number
+            return start + min(max(length * (place * self.lanes - lag) // (number * self.lanes), 0), length)
 
-        place = ((position - start + 1) * number - 1) // (stop - start)
+        place = ((position - start) * number * self.lanes // length + lag) // self.lanes
+        while cut(place + 1) <= position:
+            place += 1
+        while cut(place) > position:
+            place -= 1
         return Pool(epoch, cut(place), cut(place + 1))
 
     def _stream(self, epoch: int) -> tuple[Int64[np.ndarray, " chunks"], Int64[np.ndarray, " chunks"]]:
         """The chunks in the order of ``epoch``, and the stream position at which each one ends."""
         return _permuted_chunks(self, epoch)
 
-    def _permutation(self, pool: Pool) -> Int64[np.ndarray, " rows"]:
-        return _permuted_rows(self.seed, pool)
 
-
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _permuted_chunks(order: RowOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     chunk_order = _generator(order.seed, _CHUNKS, epoch, 0).permutation(len(order.rows_per_chunk))
-    return chunk_order, np.cumsum(order.rows_per_chunk[chunk_order])
+    return chunk_order, np.cumsum(order.rows_per_chunk[chunk_order], dtype=np.int64)
 
 
 @lru_cache(maxsize=64)

@@ -1,63 +1,40 @@
 """The activation store: the geometry of the token store, with one array a tap.
 
-``tokens``      int32 [N, L]       copied, so that a store stands alone
-``keep``        bool  [N, L]       which tokens are rows (see ``row_policy``)
-``acts/<tap>``  dtype [N, L, D]    float32, bfloat16 or float16
+``tokens``        int32   [N, L]       copied, so that a store stands alone
+``keep``          bool    [N, L]       which tokens are rows (see ``row_policy``)
+``acts/<tap>``    dtype   [N, L, D]    float32, bfloat16, float16 or int8
+``scales/<tap>``  float32 [N, L]       of int8 taps: the scale of each row (see ``int8``)
 
 Row and token address each other without an index. Only kept tokens of windows [0, train_windows) are
 training rows and enter the statistics; later windows are held out.
 """
 
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int32, Shaped
 
 from saex_pipe.common.errors import InputError, SaexError
-from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.chunk_index import ChunkIndex, checksum_text, write_chunk_index
+from saex_pipe.common.formats.folder import Folder, explain_storage_error
 from saex_pipe.common.formats.manifest import Manifest
-from saex_pipe.common.formats.row_policy import RowPolicy
+from saex_pipe.common.formats.shard import ArrayLayout
 from saex_pipe.common.formats.statistics import ActivationStatistics
-from saex_pipe.common.formats.zarr_array import (
-    Tiling,
-    create_array,
-    create_groups,
-    open_array,
-    read_windows,
-    write_windows,
-)
+from saex_pipe.common.formats.store_info import DTYPES, KEEP, TOKENS, StoreInfo, acts_array, scales_array
+from saex_pipe.common.formats.zarr_array import create_array, create_groups
 
-DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}
 WRITERS = ("harvest", "toy")
+SCHEMA_VERSION = 2  # 1 had one dtype, no checksum of each chunk, and its index inside the manifest
+_CHUNKS_IN_FLIGHT = 4
+
+__all__ = ["DTYPES", "SCHEMA_VERSION", "WRITERS", "ActivationStore", "ActivationWriter", "Overtaken", "StoreInfo"]
 
 
-@dataclass(frozen=True)
-class StoreInfo:
-    """What a store is made of; the fixed part of its manifest's ``contents``."""
-
-    windows: int
-    train_windows: int
-    window_length: int  # tokens
-    taps: Mapping[str, int]  # name -> width
-    dtype: str
-    tiling: Tiling
-    row_policy: RowPolicy
-    source: Mapping[str, Any]  # where the activations come from: model and tokenizer, or the toy's truth
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self) | {"row_policy": self.row_policy.to_json()}
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "StoreInfo":
-        """Inverse of ``to_json``; other keys are ignored."""
-        known = {name: value[name] for name in StoreInfo.__dataclass_fields__}
-        known |= {"tiling": Tiling(**value["tiling"]), "row_policy": RowPolicy.from_json(value["row_policy"])}
-        return StoreInfo(**known)
+class Overtaken(Exception):
+    """Another writer has written an object of this shard since its generations were taken."""
 
 
 class ActivationWriter:
@@ -65,16 +42,24 @@ class ActivationWriter:
 
     def __init__(self, folder: Folder, info: StoreInfo) -> None:
         self.info = info
-        create_groups(folder, ("", "acts"))
-        shape = (info.windows, info.window_length)
-        self._tokens = create_array(folder, "tokens", shape=shape, dtype="int32", tiling=info.tiling, axes="NL")
-        self._keep = create_array(folder, "keep", shape=shape, dtype="bool", tiling=info.tiling, axes="NL")
-        self._acts = {
-            tap: create_array(
-                folder, f"acts/{tap}", shape=(*shape, width), dtype=info.dtype, tiling=info.tiling, axes="NLD"
+        self._folder = folder
+        self._layouts = info.layouts()
+        groups = sorted({name.rpartition("/")[0] for name in self._layouts})
+        create_groups(folder, tuple(groups))
+        for layout in self._layouts.values():
+            create_array(
+                folder,
+                layout.name,
+                shape=layout.shape,
+                dtype=layout.dtype.name,
+                tiling=layout.tiling,
+                axes="NLD"[: len(layout.shape)],
             )
-            for tap, width in info.taps.items()
-        }
+
+    def generations(self, windows: range) -> dict[str, bytes]:
+        """The generation of every object of a shard as it is now, for ``write_shard(over=...)``."""
+        names = [layout.shard_object(self._shard(windows)) for layout in self._layouts.values()]
+        return {name: self._folder.generation(name) for name in names}
 
     def write_shard(
         self,
@@ -82,27 +67,105 @@ class ActivationWriter:
         tokens_NL: Int32[np.ndarray, "N L"],
         keep_NL: Bool[np.ndarray, "N L"],
         acts: Mapping[str, Float[np.ndarray, "N L D"]],
+        *,
+        outliers: int = 0,
+        over: Mapping[str, bytes] | None = None,
     ) -> dict[str, Any]:
-        """Write one shard, durably, and return its ledger entry. Non-finite kept rows are refused."""
+        """Write one shard, durably, and return its ledger entry. Kept rows that are not finite are refused.
+
+        Args:
+            windows: of the shard, as the tiling cuts them.
+            tokens_NL: token ids.
+            keep_NL: which tokens are rows.
+            acts: activations by tap, of the tap's dtype; for an int8 tap, of any floating type.
+            outliers: tokens that are no rows only because of their norm.
+            over: the generations of the objects that this shard may replace; None replaces whatever is there.
+
+        Raises:
+            Overtaken: another writer replaced an object first.
+        """
         train_NL = keep_NL & (np.asarray(windows) < self.info.train_windows)[:, None]
         chunk = self.info.tiling.chunk_windows
         entry: dict[str, Any] = {
             "windows": [windows.start, windows.stop],
             "rows": int(train_NL.sum()),
             "rows_per_chunk": [int(train_NL[a : a + chunk].sum()) for a in range(0, len(windows), chunk)],
-            "crc32": {},
+            "outliers": outliers,
+            "checksums": {},
             "statistics": {},
+            "added_error": {},
         }
-        for tap, acts_NLD in acts.items():
-            rows_BD = acts_NLD[train_NL].astype(np.float32)
-            if not np.isfinite(rows_BD).all():
-                raise _not_finite(tap, windows, self.info.dtype, bool(np.isnan(rows_BD).any()))
-            entry["statistics"][tap] = ActivationStatistics.of_rows(rows_BD).to_json()
-            entry["crc32"][tap] = zlib.crc32(np.ascontiguousarray(acts_NLD).view(np.uint8).data)
-            write_windows(self._acts[tap], windows, acts_NLD)
-        write_windows(self._tokens, windows, tokens_NL)
-        write_windows(self._keep, windows, keep_NL)
+        with _Writes(self._folder, over) as writes:
+            for tap, acts_NLD in acts.items():
+                for name, values in self._encoded(tap, acts_NLD).items():
+                    entry["checksums"][name] = self._start(writes, name, windows, values)
+                entry["statistics"][tap] = self._statistics(tap, windows, acts_NLD, train_NL).to_json()
+                if self.info.dtypes[tap] == "int8":
+                    entry["added_error"][tap] = self._added_error(tap, acts_NLD, train_NL)
+            for name, values in ((TOKENS, tokens_NL), (KEEP, keep_NL)):
+                entry["checksums"][name] = self._start(writes, name, windows, values)
         return entry
+
+    def _start(self, writes: "_Writes", name: str, windows: range, values: np.ndarray) -> str:
+        """Begin to write one object, and return the checksums of its chunks."""
+        layout = self._layouts[name]
+        assert values.dtype == layout.dtype, f"{name} is {layout.dtype}, not {values.dtype}"
+        encoded = layout.encode(values)
+        writes.start(layout.shard_object(self._shard(windows)), encoded.data)
+        return checksum_text(encoded.checksums)
+
+    def _encoded(self, tap: str, acts_NLD: np.ndarray) -> dict[str, np.ndarray]:
+        if self.info.dtypes[tap] != "int8":
+            return {acts_array(tap): acts_NLD}
+        values_NLD, scales_NL = self.info.channels[tap].encode(acts_NLD)
+        return {acts_array(tap): values_NLD, scales_array(tap): scales_NL}
+
+    def _statistics(self, tap: str, windows: range, acts_NLD: np.ndarray, train_NL: np.ndarray) -> ActivationStatistics:
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = ActivationStatistics.of_rows(acts_NLD, train_NL)
+        if not np.isfinite(found.sum_square_D).all():
+            raise _not_finite(tap, windows, self.info.dtypes[tap], bool(np.isnan(acts_NLD[train_NL]).any()))
+        return found
+
+    def _added_error(self, tap: str, acts_NLD: np.ndarray, train_NL: np.ndarray) -> float:
+        """Sum over the training rows of the squared distance between what is stored and what was given."""
+        channels, total = self.info.channels[tap], 0.0
+        for rows_LD, train_L in zip(acts_NLD, train_NL, strict=True):
+            exact_BD = rows_LD[train_L].astype(np.float32)
+            total += float(np.square(channels.decode(*channels.encode(exact_BD)) - exact_BD).sum(dtype=np.float64))
+        return total
+
+    def _shard(self, windows: range) -> int:
+        return windows.start // self.info.tiling.shard_windows
+
+
+class _Writes:
+    """Objects being written while the next ones are put together; all are durable at the end of the block."""
+
+    def __init__(self, folder: Folder, over: Mapping[str, bytes] | None) -> None:
+        self._folder, self._over = folder, over
+        self._started: list[tuple[str, bytearray, Any]] = []
+
+    def start(self, name: str, data: bytearray) -> None:
+        condition = {} if self._over is None else {"if_equal": self._over[name]}
+        self._started.append((name, data, self._folder.objects.write(name, data, **condition)))
+
+    def __enter__(self) -> "_Writes":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for name, data, future in self._started:
+            if kind is not None:  # what was begun must not go on behind the back of whoever hears of the failure
+                with suppress(ValueError, OSError):
+                    future.result()
+                continue
+            try:
+                written = future.result()
+            except (ValueError, OSError) as error:
+                explain_storage_error(error, f"{self._folder.uri}/{name}", "written")
+            # An answer that was lost makes the repeated request fail although the first one has succeeded.
+            if not written.generation and self._folder.read(name) != data:
+                raise Overtaken(name)
 
 
 def _not_finite(tap: str, windows: range, dtype: str, has_nan: bool) -> SaexError:
@@ -113,36 +176,41 @@ def _not_finite(tap: str, windows: range, dtype: str, has_nan: bool) -> SaexErro
     return SaexError(f"{where}: the model's activations at this tap are not finite; try compute_dtype=float32")
 
 
-def merged_contents(info: StoreInfo, ledger: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """The manifest's ``contents`` of a store whose every shard is in ``ledger``."""
+def finish_contents(folder: Folder, info: StoreInfo, ledger: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Write the index of a store whose every shard is in ``ledger``, and return its manifest's ``contents``."""
     entries = [ledger[shard] for shard in sorted(ledger)]
     statistics = {
-        tap: ActivationStatistics.merge(
-            [ActivationStatistics.from_json(e["statistics"][tap]) for e in entries]
-        ).to_json()
+        tap: ActivationStatistics.merge([ActivationStatistics.from_json(e["statistics"][tap]) for e in entries])
         for tap in info.taps
     }
+    rows = sum(entry["rows"] for entry in entries)
+    outliers = sum(entry["outliers"] for entry in entries)
     return info.to_json() | {
-        "rows": sum(entry["rows"] for entry in entries),
-        "rows_per_chunk": [rows for entry in entries for rows in entry["rows_per_chunk"]],
-        "statistics": statistics,
+        "rows": rows,
+        "outlier_share": outliers / max(rows + outliers, 1),
+        "statistics": {tap: found.to_json() for tap, found in statistics.items()},
+        "added_error": {
+            tap: sum(entry["added_error"][tap] for entry in entries)
+            / max(float(statistics[tap].variance_D.sum()) * statistics[tap].count, np.finfo(np.float64).tiny)
+            for tap in info.channels
+        },
+        "index": write_chunk_index(folder, entries),
     }
 
 
 class ActivationStore:
-    """A finished activation store, opened for reading."""
+    """A finished activation store, opened for reading. Every chunk that is read is checked against the ledger."""
 
     def __init__(self, uri: str, taps: Sequence[str] = ()) -> None:
         self.uri = uri
-        self.manifest = Manifest.require(uri, WRITERS)
+        self.folder = Folder(uri)
+        self.manifest = Manifest.require(uri, WRITERS, SCHEMA_VERSION)
         self.info = StoreInfo.from_json(self.manifest.contents)
         self.rows = int(self.manifest.contents["rows"])
+        self.layouts = self.info.layouts()
+        self.index = ChunkIndex(self.folder, self.manifest.contents["index"])
         for tap in taps:
             self.require_tap(tap)
-        folder = Folder(uri)
-        self._tokens = open_array(folder, "tokens")
-        self._keep = open_array(folder, "keep")
-        self._acts = {tap: open_array(folder, f"acts/{tap}") for tap in taps}
 
     def require_tap(self, tap: str) -> int:
         """The width of ``tap``; an InputError names the taps the store has."""
@@ -155,26 +223,63 @@ class ActivationStore:
         return ActivationStatistics.from_json(self.manifest.contents["statistics"][tap])
 
     def rows_per_chunk(self) -> np.ndarray:
-        """int64 [chunks]: training rows of each chunk of windows."""
-        return np.asarray(self.manifest.contents["rows_per_chunk"], np.int64)
-
-    def chunk_windows(self, chunk: int) -> range:
-        """The windows of ``chunk``."""
-        size = self.info.tiling.chunk_windows
-        return range(chunk * size, min((chunk + 1) * size, self.info.windows))
+        """int32 [chunks]: training rows of each chunk of windows."""
+        return self.index.rows_per_chunk()
 
     def tokens(self, windows: range) -> Int32[np.ndarray, "N L"]:
         """Token ids."""
-        return read_windows(self._tokens, windows)
+        return self._windows(TOKENS, windows)
 
     def keep(self, windows: range) -> Bool[np.ndarray, "N L"]:
         """Which tokens are rows, held-out windows included."""
-        return read_windows(self._keep, windows)
+        return self._windows(KEEP, windows)
 
     def train_keep(self, windows: range) -> Bool[np.ndarray, "N L"]:
         """Which tokens are training rows."""
         return self.keep(windows) & (np.asarray(windows) < self.info.train_windows)[:, None]
 
     def acts(self, tap: str, windows: range) -> Float[np.ndarray, "N L D"]:
-        """Activations in the store's dtype."""
-        return read_windows(self._acts[tap], windows)
+        """Activations in the store's dtype, float32 where that is int8."""
+        values_NLD = self._windows(acts_array(tap), windows)
+        if self.info.dtypes[tap] != "int8":
+            return values_NLD
+        return self.info.channels[tap].decode(values_NLD, self._windows(scales_array(tap), windows))
+
+    def chunks(self, array: str, chunks: Sequence[int]) -> Iterator[Shaped[np.ndarray, "windows ..."]]:
+        """The windows of each of ``chunks``, as they are stored; some chunks are read ahead."""
+        layout, checksums = self.layouts[array], self.index.checksums(array)
+        pending = ((chunk, self._request(layout, chunk)) for chunk in chunks)
+        started = list(islice(pending, _CHUNKS_IN_FLIGHT))
+        while started:
+            chunk, request = started.pop(0)
+            yield layout.decode(chunk, self._received(layout, chunk, request), int(checksums[chunk]))
+            started += islice(pending, 1)
+
+    def _request(self, layout: ArrayLayout, chunk: int) -> Any:
+        place = layout.place(chunk)
+        return self.folder.objects.read(place.object, byte_range=place.bytes)
+
+    def _received(self, layout: ArrayLayout, chunk: int, request: Any) -> bytes:
+        place, windows = layout.place(chunk), layout.chunk_windows(chunk)
+        try:
+            result = request.result()
+        except (ValueError, OSError) as error:
+            if "OUT_OF_RANGE" not in str(error):
+                explain_storage_error(error, f"{self.uri}/{place.object}", "read")
+            result = None  # the object is shorter: a chunk that is cut off
+        if result is not None and result.state != "value":
+            raise SaexError(
+                f"{self.uri}/{layout.name} lacks the shard with windows {windows.start} to {windows.stop - 1}; "
+                f"'saex-pipe store repair {self.uri}' makes it again"
+            )
+        return b"" if result is None else bytes(result.value)
+
+    def _windows(self, array: str, windows: range) -> np.ndarray:
+        layout = self.layouts[array]
+        size = layout.tiling.chunk_windows
+        out = np.empty((len(windows), *layout.shape[1:]), layout.dtype)
+        chunks = range(windows.start // size, -(-windows.stop // size))
+        for chunk, values in zip(chunks, self.chunks(array, chunks), strict=True):
+            first, last = max(windows.start, chunk * size), min(windows.stop, (chunk + 1) * size)
+            out[first - windows.start : last - windows.start] = values[first - chunk * size : last - chunk * size]
+        return out

@@ -31,7 +31,8 @@ class Folder:
         self._opened: Any = None
 
     @property
-    def _store(self) -> Any:
+    def objects(self) -> Any:
+        """The key-value store itself, for requests that overlap; a failed one goes to ``explain_storage_error``."""
         if self._opened is None:
             try:
                 self._opened = ts.KvStore.open(self.kvstore_spec()).result()
@@ -57,15 +58,22 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """The bytes of object ``name``, None where there is none."""
         try:
-            result = self._store.read(name).result()
+            result = self.objects.read(name).result()
         except (ValueError, OSError) as error:
             explain_storage_error(error, f"{self.uri}/{name}", "read")
         return bytes(result.value) if result.state == "value" else None
 
+    def generation(self, name: str) -> bytes:
+        """What tells whether object ``name`` has changed since; an object that is not there has one, too."""
+        try:
+            return bytes(self.objects.read(name, byte_range=slice(0, 0)).result().stamp.generation)
+        except (ValueError, OSError) as error:
+            explain_storage_error(error, f"{self.uri}/{name}", "read")
+
     def write(self, name: str, data: bytes) -> None:
         """Write object ``name`` whole: readers see the old bytes or the new, never a part."""
         try:
-            self._store.write(name, data).result()
+            self.objects.write(name, data).result()
         except (ValueError, OSError) as error:
             explain_storage_error(error, f"{self.uri}/{name}", "written")
 
@@ -88,7 +96,7 @@ class Folder:
         if (local := self.local_path()) is not None and not local.exists():
             return []
         try:
-            keys = self._store.list(ts.KvStore.KeyRange(prefix, _after(prefix))).result()
+            keys = self.objects.list(ts.KvStore.KeyRange(prefix, _after(prefix))).result()
         except (ValueError, OSError) as error:
             explain_storage_error(error, self.uri, "listed")
         return sorted(key.decode() for key in keys)
@@ -98,7 +106,7 @@ class Folder:
         if (local := self.local_path()) is not None and not local.exists():
             return
         try:
-            self._store.delete_range(ts.KvStore.KeyRange(prefix, _after(prefix))).result()
+            self.objects.delete_range(ts.KvStore.KeyRange(prefix, _after(prefix))).result()
         except (ValueError, OSError) as error:
             explain_storage_error(error, self.uri, "deleted")
         if local is not None:

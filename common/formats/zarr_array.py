@@ -36,6 +36,11 @@ class Tiling:
             shard = max(1, min(_SHARD_BYTES // (window_bytes * chunk), -(-windows // chunk))) * chunk
         return Tiling(-(-shard // chunk) * chunk, chunk)
 
+    @property
+    def chunks_per_shard(self) -> int:
+        """Of a whole shard."""
+        return self.shard_windows // self.chunk_windows
+
     def shards(self, windows: int) -> list[range]:
         """The windows of each shard; the last may be shorter."""
         return [range(a, min(a + self.shard_windows, windows)) for a in range(0, windows, self.shard_windows)]

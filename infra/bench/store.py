@@ -19,7 +19,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from saex_pipe.common.formats.activations import ActivationStore, ActivationWriter, StoreInfo, merged_contents
+from saex_pipe.common.formats.activations import (
+    SCHEMA_VERSION,
+    ActivationStore,
+    ActivationWriter,
+    StoreInfo,
+    finish_contents,
+)
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.row_policy import RowPolicy
@@ -66,7 +72,7 @@ def main() -> None:
 def measure(root: Path, runs: int, shards: int) -> None:
     tiling = Tiling.for_bytes(LENGTH * WIDTH * 2, shards * 128)
     windows = shards * tiling.shard_windows
-    info = StoreInfo(windows, windows, LENGTH, {"tap": WIDTH}, "bfloat16", tiling, RowPolicy(), {})
+    info = StoreInfo(windows, windows, LENGTH, {"tap": WIDTH}, {"tap": "bfloat16"}, tiling, RowPolicy(), {})
     random = np.random.default_rng(0)
     shape = (tiling.shard_windows, LENGTH)
     acts_NLD = random.standard_normal((*shape, WIDTH), np.float32).astype(ml_dtypes.bfloat16)
@@ -80,8 +86,10 @@ def measure(root: Path, runs: int, shards: int) -> None:
             i: writer.write_shard(part, tokens_NL, keep_NL, {"tap": acts_NLD})
             for i, part in enumerate(info.tiling.shards(windows))
         }
-        manifest = Manifest("harvest", 1, "", {}, {}, {}, merged_contents(info, ledger), {}, {}, "")
-        Folder(str(root / "store")).write("manifest.json", json.dumps(manifest.__dict__).encode())
+        folder = Folder(str(root / "store"))
+        contents = finish_contents(folder, info, ledger)
+        manifest = Manifest("harvest", SCHEMA_VERSION, "", {}, {}, {}, contents, {}, {}, "")
+        folder.write("manifest.json", json.dumps(manifest.__dict__).encode())
 
     def write_raw() -> None:
         for shard in range(shards):

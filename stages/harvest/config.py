@@ -10,6 +10,7 @@ class Config(StageConfig):
 
     stage: ClassVar[str] = "harvest"
     folder: ClassVar[str] = "activations"
+    schema_version: ClassVar[int] = 2  # of the activation store
 
     model: Annotated[str, Resource()] = setting(
         unit="URI", meaning="language model: a GGUF file or Hugging Face folder"

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int32
 
 from saex_pipe.common import resources
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, merged_contents
+from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, finish_contents
 from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.formats.tokens import TokenStore
@@ -54,7 +54,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         forward = compile_forward(model, taps, config.store_dtype, shape=shape, mesh=mesh)
         info = _store_info(config, corpus, architecture, taps, _row_policy(config, corpus, taps, forward))
         timings = _harvest(config, corpus, forward, ActivationWriter(output.folder, info), output, stop)
-        contents = merged_contents(info, output.ledger())
+        contents = finish_contents(output.folder, info, output.ledger())
         return output.finish(contents=contents, totals=_totals(info, contents["rows"]), timings=timings)
 
 
@@ -170,7 +170,7 @@ def _store_info(
         train_windows=windows,
         window_length=corpus.info.window_length,
         taps=widths,
-        dtype=config.store_dtype,
+        dtypes=dict.fromkeys(widths, config.store_dtype),
         tiling=_tiling(config, window_bytes, windows),
         row_policy=policy,
         source={"model": resources.absolute(config.model), "tokenizer": corpus.info.tokenizer},
@@ -188,4 +188,4 @@ def _tiling(config: Config, window_bytes: int, windows: int) -> Tiling:
 
 def _totals(info: StoreInfo, rows: int) -> dict[str, int]:
     tokens = info.windows * info.window_length
-    return {"tokens": tokens, "rows": rows, "bytes": tokens * sum(info.taps.values()) * DTYPES[info.dtype].itemsize}
+    return {"tokens": tokens, "rows": rows, "bytes": info.activation_bytes}

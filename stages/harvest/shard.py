@@ -25,7 +25,7 @@ class Shard:
     @staticmethod
     def empty(info: StoreInfo, number: int, windows: range, tokens_NL: np.ndarray, padding_NL: np.ndarray) -> "Shard":
         """A shard of the store ``info`` before any pass."""
-        acts = {tap: np.empty((*tokens_NL.shape, width), DTYPES[info.dtype]) for tap, width in info.taps.items()}
+        acts = {tap: np.empty((*tokens_NL.shape, width), info.given_dtype(tap)) for tap, width in info.taps.items()}
         norms = {tap: np.empty(tokens_NL.shape, np.float32) for tap in info.taps}
         return Shard(number, windows, tokens_NL, padding_NL, acts, norms)
 

@@ -12,6 +12,7 @@ class Config(StageConfig):
 
     stage: ClassVar[str] = "toy"
     folder: ClassVar[str] = "activations"
+    schema_version: ClassVar[int] = 2  # of the activation store
 
     latents: int = setting(128, unit="features", meaning="number of true features", ge=2, le=1 << 20)
     width: int = setting(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, merged_contents
+from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, finish_contents
 from saex_pipe.common.formats.manifest import Manifest, stage_output
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.formats.toy_truth import create_codes, write_dictionary
@@ -49,7 +49,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
                 output.commit_shard(shard, entry)
                 bar.advance(count, bytes=acts_NLD.nbytes)
                 stop.raise_if_requested()
-        contents = merged_contents(info, output.ledger())
+        contents = finish_contents(output.folder, info, output.ledger())
         rows_total = info.windows * info.window_length
         size = rows_total * (config.width * DTYPES[config.store_dtype].itemsize + 4 * config.latents)
         return output.finish(contents=contents, totals={"rows": rows_total, "bytes": size})
@@ -64,7 +64,7 @@ def _store_info(config: Config) -> StoreInfo:
         train_windows=windows - held_out,
         window_length=config.window_length,
         taps={TAP: config.width},
-        dtype=config.store_dtype,
+        dtypes={TAP: config.store_dtype},
         tiling=Tiling.for_bytes(window_bytes, windows),
         row_policy=RowPolicy(),
         source={"toy": config.result_fields()},

@@ -11,9 +11,9 @@ ROWS_PER_CHUNK = np.random.Generator(np.random.Philox(key=1)).integers(0, 40, 50
 def row_ids(order, step, batch_rows):
     """Every row of a batch as (chunk, row within chunk), found through the public description of pools."""
     found = []
-    for part in order.batch(step, batch_rows):
+    for part in order.span(step * batch_rows, (step + 1) * batch_rows):
         stream = [(c.chunk, row) for c in order.chunks(part.pool) for row in range(c.first, c.last)]
-        found += [stream[i] for i in part.rows]
+        found += [stream[i] for i in order.dealt(part)]
     return found
 
 
@@ -46,7 +46,7 @@ def test_any_step_is_found_without_the_steps_before_it():
 
 def test_batches_draw_evenly_from_the_lanes():
     order = RowOrder(np.full(64, 32), seed=0, pool_rows=64, lanes=8)
-    sizes = [len(part.rows) for part in order.batch(5, 64)]
+    sizes = [len(part.turns) for part in order.span(5 * 64, 6 * 64)]
     assert sizes == [8] * 8
 
 
@@ -56,7 +56,7 @@ def test_the_next_pool_is_the_one_used_next_in_its_lane():
     steps = 2 * order.rows // batch_rows
     per_lane = {}
     for step in range(steps):
-        for part in order.batch(step, batch_rows):
+        for part in order.span(step * batch_rows, (step + 1) * batch_rows):
             lane = part.pool.start >= order.rows - order.rows // 2
             sequence = per_lane.setdefault(lane, [])
             if not sequence or sequence[-1] != part.pool:

@@ -8,7 +8,14 @@ import zarr
 from packaging.version import Version
 
 from saex_pipe.common.errors import InputError, SaexError
-from saex_pipe.common.formats.activations import DTYPES, ActivationStore, ActivationWriter, StoreInfo, merged_contents
+from saex_pipe.common.formats.activations import (
+    DTYPES,
+    SCHEMA_VERSION,
+    ActivationStore,
+    ActivationWriter,
+    StoreInfo,
+    finish_contents,
+)
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.row_policy import RowPolicy
@@ -20,7 +27,8 @@ TAPS = {"a": 8, "b": 3}
 
 
 def make_info(dtype="float32", train_windows=17):
-    return StoreInfo(WINDOWS, train_windows, LENGTH, TAPS, dtype, Tiling(8, 2), RowPolicy(), {"model": "m"})
+    dtypes = dict.fromkeys(TAPS, dtype)
+    return StoreInfo(WINDOWS, train_windows, LENGTH, TAPS, dtypes, Tiling(8, 2), RowPolicy(), {"model": "m"})
 
 
 def make_values(dtype):
@@ -46,7 +54,8 @@ def write_store(path, dtype="float32", order=None):
         part = slice(shards[shard].start, shards[shard].stop)
         entry = writer.write_shard(shards[shard], tokens_NL[part], keep_NL[part], {t: v[part] for t, v in acts.items()})
         ledger[shard] = json.loads(json.dumps(entry))
-    manifest = Manifest("harvest", 1, "d", {}, {}, {}, merged_contents(info, ledger), {}, {}, "")
+    contents = finish_contents(folder, info, ledger)
+    manifest = Manifest("harvest", SCHEMA_VERSION, "d", {}, {}, {}, contents, {}, {}, "")
     folder.write("manifest.json", json.dumps(manifest.__dict__).encode())
     return str(path)
 
@@ -109,16 +118,27 @@ def test_a_missing_shard_is_an_error_and_never_zeros(tmp_path):
         store.acts("a", range(8, 10))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_shard_is_an_error(tmp_path, damage):
+def flipped(data, _):
+    data[100] ^= 1
+    return data
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (flipped, "damaged: its checksum does not fit"),
+        (lambda data, _: data[:500], "windows 2 to 3: cut off before the end of its 388 bytes"),
+        (lambda data, _: b"", "windows 0 to 1: cut off"),
+        (lambda _, path: shard_file(path, 1).read_bytes(), "not what was written there"),
+    ],
+    ids=["flipped bit", "truncated", "empty", "swapped"],
+)
+def test_a_damaged_shard_is_an_error(tmp_path, damage, line):
     uri = write_store(tmp_path)
     file = shard_file(tmp_path, 0)
-    data = bytearray(file.read_bytes())
-    if damage == "flip":
-        data[100] ^= 1
-    file.write_bytes(data if damage == "flip" else data[:-30])
-    with pytest.raises(SaexError, match="damaged"):
-        ActivationStore(uri, ("a",)).acts("a", range(0, 2))
+    file.write_bytes(damage(bytearray(file.read_bytes()), tmp_path))
+    with pytest.raises(SaexError, match=line):
+        ActivationStore(uri, ("a",)).acts("a", range(0, 4))
 
 
 def test_an_unknown_tap_is_named_with_those_there_are(tmp_path):

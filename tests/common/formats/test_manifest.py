@@ -118,7 +118,7 @@ def test_metrics_on_an_object_store_go_on_after_those_of_the_run_before():
     ],
 )
 def test_what_is_not_finite_is_told_from_what_does_not_fit(dtype, value, line, tmp_path):
-    info = StoreInfo(1, 1, 2, {"a": 1}, dtype, Tiling(1, 1), RowPolicy(), {})
+    info = StoreInfo(1, 1, 2, {"a": 1}, {"a": dtype}, Tiling(1, 1), RowPolicy(), {})
     writer = ActivationWriter(Folder(str(tmp_path)), info)
     acts = {"a": np.full((1, 2, 1), value, dtype)}
     with pytest.raises(SaexError, match=line):

@@ -1,0 +1,118 @@
+"""The shards of a Zarr v3 array as bytes: the codec ``sharding_indexed`` over ``bytes`` and ``crc32c``.
+
+Shards are only ever written whole, so they are put together here: one pass gives the object and the checksum of
+every chunk, which the ledger keeps, and the object can be written on a condition. TensorStore and zarr-python read
+them as any other. Chunks lie in order from the start of the shard, each followed by its checksum, then the index;
+so a chunk is one request for a known range, and a chunk of another place, which checks itself, is still found out.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+from jaxtyping import Shaped, UInt32
+
+from saex_pipe.common.errors import SaexError
+from saex_pipe.common.formats.zarr_array import Tiling
+
+CHECKSUM_BYTES = 4
+_INDEX_ENTRY = np.dtype([("offset", "<u8"), ("size", "<u8")])
+_ABSENT = (1 << 64) - 1
+_RESIDUE = 0x48674BC7  # crc32c of any bytes followed by their own crc32c
+
+
+class EncodedShard(NamedTuple):
+    """One object, and the crc32c of each of its chunks."""
+
+    data: bytearray
+    checksums: UInt32[np.ndarray, " chunks"]
+
+
+class ChunkPlace(NamedTuple):
+    """Where the bytes of a chunk with its checksum lie."""
+
+    object: str  # under the root of the store
+    bytes: slice
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a store: first axis windows, cut by ``tiling``; the others whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tiling: Tiling
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Of a whole chunk; the last one of the array is filled up with zeros to it."""
+        return (self.tiling.chunk_windows, *self.shape[1:])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a chunk without its checksum."""
+        return math.prod(self.chunk_shape) * self.dtype.itemsize
+
+    def shard_object(self, shard: int) -> str:
+        """Name of the object that holds ``shard``, under the root of the store."""
+        return f"{self.name}/c/{shard}{'/0' * (len(self.shape) - 1)}"
+
+    def chunk_windows(self, chunk: int) -> range:
+        """The windows of ``chunk``."""
+        size = self.tiling.chunk_windows
+        return range(chunk * size, min((chunk + 1) * size, self.shape[0]))
+
+    def place(self, chunk: int) -> ChunkPlace:
+        """Where ``chunk`` lies."""
+        shard, number = divmod(chunk, self.tiling.chunks_per_shard)
+        size = self.chunk_bytes + CHECKSUM_BYTES
+        return ChunkPlace(self.shard_object(shard), slice(number * size, (number + 1) * size))
+
+    def encode(self, values: Shaped[np.ndarray, "windows ..."]) -> EncodedShard:
+        """The object of one shard whose windows are ``values``."""
+        chunks = -(-len(values) // self.tiling.chunk_windows)
+        size = self.chunk_bytes + CHECKSUM_BYTES
+        index = np.full(self.tiling.chunks_per_shard, np.array((_ABSENT, _ABSENT), _INDEX_ENTRY))
+        index["offset"][:chunks] = np.arange(chunks) * size
+        index["size"][:chunks] = size
+        data = bytearray(chunks * size + index.nbytes + CHECKSUM_BYTES)
+        checksums = np.empty(chunks, "<u4")
+        flat = np.frombuffer(data, np.uint8)
+        for chunk in range(chunks):
+            part = values[chunk * self.tiling.chunk_windows : (chunk + 1) * self.tiling.chunk_windows]
+            body = part.tobytes().ljust(self.chunk_bytes, b"\0")
+            checksums[chunk] = google_crc32c.value(body)
+            place = chunk * size
+            flat[place : place + self.chunk_bytes] = np.frombuffer(body, np.uint8)
+            data[place + self.chunk_bytes : place + size] = checksums[chunk].tobytes()
+        tail = index.tobytes()
+        data[chunks * size :] = tail + np.array(google_crc32c.value(tail), "<u4").tobytes()
+        return EncodedShard(data, checksums.astype(np.uint32))
+
+    def decode(self, chunk: int, data: bytes, checksum: int) -> Shaped[np.ndarray, "windows ..."]:
+        """The windows of ``chunk`` from the bytes at its ``place``; ``checksum`` is what the ledger says it has.
+
+        Raises:
+            SaexError: the chunk is cut off, has changed, or belongs elsewhere.
+        """
+        windows = self.chunk_windows(chunk)
+        if (trouble := self.trouble(data, checksum)) is not None:
+            raise SaexError(
+                f"{self.name}, windows {windows.start} to {windows.stop - 1}: {trouble}; "
+                "'saex-pipe store repair' makes its shard again"
+            )
+        values = np.frombuffer(data, self.dtype, count=self.chunk_bytes // self.dtype.itemsize)
+        return values.reshape(self.chunk_shape)[: len(windows)]
+
+    def trouble(self, data: bytes, checksum: int) -> str | None:
+        """What is wrong with the bytes of a chunk, None where nothing is."""
+        if len(data) != self.chunk_bytes + CHECKSUM_BYTES:
+            return f"cut off before the end of its {self.chunk_bytes + CHECKSUM_BYTES:,} bytes"
+        if google_crc32c.value(data) != _RESIDUE:
+            return "damaged: its checksum does not fit"
+        if int.from_bytes(data[-CHECKSUM_BYTES:], "little") != checksum:
+            return "not what was written there: its checksum is not the one in the ledger"
+        return None
