@@ -110,8 +110,8 @@ class RowOrder:
     @property
     def largest_pool(self) -> int:
         """Rows of the largest pool."""
-        longest = self._lane_start(0, 1)
-        return -(-longest // self._pools(longest))
+        lengths = {self._lane_start(0, 1), self.rows // self.lanes}  # with one row less there may be a pool less
+        return max(-(-length // self._pools(length)) for length in lengths)
 
     def _lane_start(self, epoch: int, lane: int) -> int:
         return lane * (self.rows // self.lanes) + min(lane, self.rows % self.lanes)

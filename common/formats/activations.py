@@ -33,7 +33,7 @@ _CHUNKS_IN_FLIGHT = 4
 __all__ = ["DTYPES", "SCHEMA_VERSION", "WRITERS", "ActivationStore", "ActivationWriter", "Overtaken", "StoreInfo"]
 
 
-class Overtaken(Exception):
+class Overtaken(Exception):  # noqa: N818 - an outcome that the caller acts on, not a mistake
     """Another writer has written an object of this shard since its generations were taken."""
 
 

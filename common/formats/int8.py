@@ -1,8 +1,10 @@
-"""Activations in one byte: channels standardised, then every row scaled to its largest channel.
+"""Activations in one byte: channels standardised, every row scaled to its largest channel, levels denser near zero.
 
-``x ~ mean_D + std_D * scale * q`` with ``q`` int8 and one float32 ``scale`` a row. Without the first step a few large
-channels take all levels: on the residual stream of SmolLM2-135M it lowers the added error from 2.7e-3 to 6e-5 of the
-variance, which is about that of ``absmax^2 / (12 * 127^2)`` for a row whose largest channel lies four spreads out.
+``x ~ mean_D + std_D * scale * sign(q) |q|^1.5`` with ``q`` int8 and one float32 ``scale`` a row.
+
+Without the first step a few large channels take all levels. Even levels then add ``absmax^2 / (12 * 127^2)`` of the
+variance, 6e-5 for residual streams, whose largest channel lies 3.5 spreads out, but 1.2e-4 at the heavy tails of
+``attn_z``; with the power of 1.5, which puts more levels where the values are, a third less: below 1e-4 everywhere.
 """
 
 from collections.abc import Mapping
@@ -15,6 +17,9 @@ from jaxtyping import Float, Float32, Int8
 from saex_pipe.common.formats.statistics import ActivationStatistics, floats_from_text, floats_to_text
 
 LEVELS = 127
+_POWER = 1.5
+_LEVELS = np.sign(np.arange(-128, 128)) * np.abs(np.arange(-128.0, 128)) ** _POWER
+_BY_BYTE = np.roll(_LEVELS, 128).astype(np.float32)  # the level of each q, by its byte taken as unsigned
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,22 @@ class Channels:
         values_BD -= self.mean_D
         values_BD /= self.std_D
         largest_B = np.abs(values_BD).max(axis=-1)
-        scale_B = np.where(largest_B > 0, largest_B / LEVELS, 1).astype(np.float32)
-        scale_B = np.where(np.isfinite(scale_B), scale_B, np.float32("nan"))
-        values_BD /= scale_B[..., None]
+        largest_B = np.where(largest_B == 0, 1, largest_B)
+        with np.errstate(invalid="ignore"):  # infinity by infinity
+            values_BD /= largest_B[..., None]
+        signs_BD = np.sign(values_BD)
+        np.square(values_BD, out=values_BD)
+        np.cbrt(values_BD, out=values_BD)  # |x|^(1 / 1.5)
+        values_BD *= signs_BD
+        values_BD *= LEVELS
+        scale_B = np.where(np.isfinite(largest_B), largest_B / LEVELS**_POWER, np.nan).astype(np.float32)
         return np.rint(np.nan_to_num(values_BD, copy=False)).astype(np.int8), scale_B
 
     def decode(
         self, values_BD: Int8[np.ndarray, "*B D"], scale_B: Float32[np.ndarray, "*B"]
     ) -> Float32[np.ndarray, "*B D"]:
         """The rows, in float32."""
-        rows_BD = values_BD.astype(np.float32)
+        rows_BD = np.take(_BY_BYTE, values_BD.view(np.uint8))
         rows_BD *= scale_B[..., None]
         rows_BD *= self.std_D
         rows_BD += self.mean_D

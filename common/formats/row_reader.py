@@ -84,7 +84,7 @@ class RowReader:
         return out
 
     def _read_ahead(self, parts: Sequence[PoolRows]) -> None:
-        """Begin to read the pools of a batch and those after them, the soonest needed first, as far as there is room."""
+        """Begin to read the pools of a batch and those after them, the soonest needed first, while there is room."""
         current = {rows.pool: int(rows.turns[-1]) for rows in parts}
         by_turn = sorted(current, key=lambda pool: pool.stop - pool.start - current[pool])
         after = [pool for pool in map(self.order.next_pool, by_turn) if pool is not None]
@@ -95,7 +95,7 @@ class RowReader:
                 self._begin(pool)
 
     def _loaded(self, pool: Pool, later: Sequence[Pool]) -> _Room:
-        """The rows of ``pool``, in the place of some other one that is not needed any more, or ``later``, if must be."""
+        """The rows of ``pool``, if need be in the place of another: one that is used up rather than one for later."""
         if pool not in self._pools:
             if not self._free:
                 self._release(next((other for other in self._pools if other not in later), next(reversed(self._pools))))

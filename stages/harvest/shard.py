@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32
 
-from saex_pipe.common.formats.activations import DTYPES, StoreInfo
+from saex_pipe.common.formats.activations import StoreInfo
 from saex_pipe.stages.harvest.forward import Harvested, pieces
 
 

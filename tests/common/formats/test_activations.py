@@ -13,10 +13,12 @@ from saex_pipe.common.formats.activations import (
     SCHEMA_VERSION,
     ActivationStore,
     ActivationWriter,
+    Overtaken,
     StoreInfo,
     finish_contents,
 )
 from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.int8 import Channels
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.formats.row_reader import RowReader
@@ -24,18 +26,24 @@ from saex_pipe.common.formats.zarr_array import Tiling
 
 WINDOWS, LENGTH = 21, 6
 TAPS = {"a": 8, "b": 3}
+CHANNELS = Channels(np.array([60, *[0] * 7], np.float32), np.array([40, *[1] * 7], np.float32))
+
+
+MIXED = {"a": "int8", "b": "bfloat16"}
 
 
 def make_info(dtype="float32", train_windows=17):
-    dtypes = dict.fromkeys(TAPS, dtype)
-    return StoreInfo(WINDOWS, train_windows, LENGTH, TAPS, dtypes, Tiling(8, 2), RowPolicy(), {"model": "m"})
+    dtypes = MIXED if dtype == "mixed" else dict.fromkeys(TAPS, dtype)
+    channels = {"a": CHANNELS} if dtype == "mixed" else {}
+    return StoreInfo(WINDOWS, train_windows, LENGTH, TAPS, dtypes, Tiling(8, 2), RowPolicy(), {"model": "m"}, channels)
 
 
 def make_values(dtype):
     random = np.random.Generator(np.random.Philox(key=7))
     tokens_NL = np.arange(WINDOWS * LENGTH, dtype=np.int32).reshape(WINDOWS, LENGTH)
     keep_NL = random.random((WINDOWS, LENGTH)) < 0.7
-    acts = {tap: random.normal(0, 1, (WINDOWS, LENGTH, width)).astype(DTYPES[dtype]) for tap, width in TAPS.items()}
+    given = DTYPES["bfloat16" if dtype == "mixed" else dtype]
+    acts = {tap: random.normal(0, 1, (WINDOWS, LENGTH, width)).astype(given) for tap, width in TAPS.items()}
     # Row identity in the first coordinate, exact in every dtype.
     acts["a"][..., 0] = tokens_NL
     acts["b"][..., 0] = tokens_NL
@@ -72,6 +80,73 @@ def test_what_is_written_is_read(tmp_path, dtype):
         found = store.acts(tap, windows)
         assert found.dtype == DTYPES[dtype]
         np.testing.assert_array_equal(found, acts[tap][part])
+
+
+def test_taps_of_different_dtypes_lie_in_one_store(tmp_path):
+    _, keep_NL, acts = make_values("mixed")
+    store = ActivationStore(write_store(tmp_path, "mixed"), ("a", "b"))
+    windows, part = range(5, 19), slice(5, 19)
+    np.testing.assert_array_equal(store.acts("b", windows), acts["b"][part])
+    exact = acts["a"].astype(np.float32)
+    found = store.acts("a", windows)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, CHANNELS.decode(*CHANNELS.encode(exact))[part])
+    size = sum(file.stat().st_size for file in (tmp_path / "acts" / "a" / "c").rglob("*") if file.is_file())
+    assert size < 0.6 * acts["a"].size * 2 + 3 * 100, "half of bfloat16, and the checksums"
+    rows_BD = exact[:17][keep_NL[:17]]
+    error = np.square(CHANNELS.decode(*CHANNELS.encode(rows_BD)) - rows_BD).sum()
+    variance = np.square(rows_BD - rows_BD.mean(axis=0)).sum()
+    stated = store.manifest.contents["added_error"]
+    assert stated.keys() == {"a"}
+    assert stated["a"] == pytest.approx(error / variance, rel=1e-5)
+
+
+def test_the_reader_decodes_rows_of_one_byte(tmp_path):
+    store = ActivationStore(write_store(tmp_path, "mixed"), ("a", "b"))
+    with RowReader(store, ("b", "a"), seed=1, batch_rows=40, pool_bytes=1 << 20) as reader:
+        found = reader.batch(0)
+    assert found["a"].dtype == np.float32
+    assert found["b"].dtype == DTYPES["bfloat16"]
+    every = store.acts("a", range(17)).reshape(-1, 8)
+    ids = found["b"][:, 0].astype(int)  # below 256, exact in bfloat16
+    np.testing.assert_array_equal(found["a"], every[ids])
+
+
+def test_rows_are_read_into_arrays_that_are_there_and_hosts_read_their_part(tmp_path):
+    store = ActivationStore(write_store(tmp_path), ("a",))
+    with RowReader(store, ("a",), seed=1, batch_rows=24, pool_bytes=1 << 20) as reader:
+        whole = reader.batch(1)["a"]
+        out = {"a": np.zeros((24, 8), np.float32)}
+        assert reader.batch(1, out=out)["a"] is out["a"]
+        parts = [reader.batch(1, part)["a"] for part in (slice(0, 6), slice(6, 17), slice(17, None))]
+    np.testing.assert_array_equal(out["a"], whole)
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_the_pools_keep_to_their_bytes(tmp_path):
+    store = ActivationStore(write_store(tmp_path), ("a", "b"))
+    for pool_bytes in (2000, 4000, 1 << 20):
+        with RowReader(store, ("a", "b"), seed=1, batch_rows=5, pool_bytes=pool_bytes) as reader:
+            for step in range(30):
+                reader.batch(step)
+                held = [room for room, _ in reader._pools.values()] + reader._free
+                assert sum(array.nbytes for room in held for array in room.rows.values()) <= pool_bytes
+
+
+def test_a_writer_that_was_overtaken_writes_nothing_more(tmp_path):
+    info, folder = make_info(), Folder(str(tmp_path))
+    tokens_NL, keep_NL, acts = make_values("float32")
+    first, late = ActivationWriter(folder, info), ActivationWriter(folder, info)
+    windows, part = range(8, 16), slice(8, 16)
+    own = {tap: values[part] for tap, values in acts.items()}
+    before = late.generations(windows)
+    first.write_shard(windows, tokens_NL[part], keep_NL[part], own, over=first.generations(windows))
+    names = [layout.shard_object(1) for layout in info.layouts().values()]
+    there = {name: folder.read(name) for name in names}
+    other = {tap: values + 1 for tap, values in own.items()}
+    with pytest.raises(Overtaken):
+        late.write_shard(windows, tokens_NL[part] + 1, ~keep_NL[part], other, over=before)
+    assert {name: folder.read(name) for name in names} == there
 
 
 def test_statistics_and_counts_are_of_kept_training_rows_only(tmp_path):
