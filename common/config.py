@@ -83,6 +83,11 @@ class StageConfig(pydantic.BaseModel):
         """Whether the stage has something to do even where its result stands already."""
         return False
 
+    @property
+    def takes_unfinished(self) -> bool:
+        """Whether the stage reads inputs that are still being written."""
+        return False
+
     def result_fields(self) -> dict[str, Any]:
         """The fields that change the result and are not URIs, as JSON values."""
         by_uri = {*self.marked(Upstream), *self.marked(Resource)}

@@ -10,10 +10,10 @@ The lanes change pools one after the other, each an eighth of a pool later than 
 of memory beyond the lanes' own are enough to read ahead.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int, Int64
@@ -44,22 +44,24 @@ class ChunkRows(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True, eq=False)
 class RowOrder:
     """Order of the kept rows of a store with ``rows_per_chunk`` kept rows in each chunk.
 
     ``pool_rows`` bounds the rows of one pool; one pool a lane is in use at any time.
     """
 
-    rows_per_chunk: Int[np.ndarray, " chunks"]
-    seed: int
-    pool_rows: int
-    lanes: int = 8
+    def __init__(self, rows_per_chunk: Int[np.ndarray, " chunks"], seed: int, pool_rows: int, lanes: int = 8) -> None:
+        self.rows_per_chunk = rows_per_chunk
+        self.rows = int(rows_per_chunk.sum(dtype=np.int64))  # the length of an epoch
+        self.seed, self.pool_rows, self.lanes = seed, pool_rows, lanes
 
-    @cached_property
-    def rows(self) -> int:
-        """Kept rows of the store: the length of an epoch."""
-        return int(self.rows_per_chunk.sum(dtype=np.int64))
+    def epoch_rows(self, epoch: int) -> int:
+        """Rows of ``epoch``."""
+        return self.rows
+
+    def epoch_chunks(self, epoch: int) -> tuple[int, Int[np.ndarray, " chunks"]]:
+        """The first chunk of ``epoch``, and the kept rows of each chunk from there on."""
+        return 0, self.rows_per_chunk
 
     def span(self, start: int, stop: int) -> list[PoolRows]:
         """Where the rows at positions [start, stop) of training come from, lane by lane."""
@@ -90,7 +92,14 @@ class RowOrder:
         lane = max(lane for lane in range(self.lanes) if self._lane_start(pool.epoch, lane) <= pool.start)
         if pool.stop < self._lane_start(pool.epoch, lane + 1):
             return self._pool_at(pool.epoch, lane, pool.stop)
-        return self._pool_at(pool.epoch + 1, lane, self._lane_start(pool.epoch + 1, lane))
+        following = pool.epoch + 1
+        if not self.is_known(following) or self.epoch_rows(following) <= lane:  # a lane may be empty
+            return None
+        return self._pool_at(following, lane, self._lane_start(following, lane))
+
+    def is_known(self, epoch: int) -> bool:
+        """Whether the chunks of ``epoch`` are there without waiting."""
+        return True
 
     def chunks(self, pool: Pool) -> list[ChunkRows]:
         """The pieces of chunks that make up ``pool``, in stream order."""
@@ -114,7 +123,8 @@ class RowOrder:
         return max(-(-length // self._pools(length)) for length in lengths)
 
     def _lane_start(self, epoch: int, lane: int) -> int:
-        return lane * (self.rows // self.lanes) + min(lane, self.rows % self.lanes)
+        rows = self.epoch_rows(epoch)
+        return lane * (rows // self.lanes) + min(lane, rows % self.lanes)
 
     def _pools(self, length: int) -> int:
         """How many full pools a lane of ``length`` rows is cut into."""
@@ -146,10 +156,63 @@ class RowOrder:
         return _permuted_chunks(self, epoch)
 
 
+class Tranches(Protocol):
+    """A store that grows: consecutive chunks that are ready together, one tranche after the other."""
+
+    def is_ready(self, tranche: int) -> bool:
+        """Whether the tranche can be read."""
+
+    def chunks_of(self, tranche: int) -> tuple[int, Int[np.ndarray, " chunks"]]:
+        """The first chunk of a tranche and the kept rows of each of its chunks; waits until it is ready.
+
+        After the last tranche comes the first one again.
+        """
+
+
+class TrancheOrder(RowOrder):
+    """The order of the rows of a store that is still being written: each tranche is an epoch of its own.
+
+    Nothing depends on when a tranche became ready, so that the order is the same once the store is finished.
+    """
+
+    def __init__(self, tranches: Tranches, seed: int, pool_rows: int, lanes: int = 8) -> None:
+        super().__init__(np.zeros(0, np.int64), seed, pool_rows, lanes)
+        self._tranches = tranches
+        self._starts = [0]  # positions at which the tranches known so far begin
+
+    def epoch_rows(self, epoch: int) -> int:
+        """Rows of a tranche."""
+        return int(self.epoch_chunks(epoch)[1].sum(dtype=np.int64))
+
+    def epoch_chunks(self, epoch: int) -> tuple[int, Int[np.ndarray, " chunks"]]:
+        """The chunks of a tranche."""
+        return self._tranches.chunks_of(epoch)
+
+    def is_known(self, epoch: int) -> bool:
+        """Whether the tranche is ready."""
+        return self._tranches.is_ready(epoch)
+
+    @property
+    def largest_pool(self) -> int:
+        """Rows that the largest pool may have."""
+        return self.pool_rows
+
+    def tranche_at(self, position: int) -> int:
+        """The tranche that holds ``position``."""
+        while self._starts[-1] <= position:
+            self._starts.append(self._starts[-1] + self.epoch_rows(len(self._starts) - 1))
+        return bisect_right(self._starts, position) - 1
+
+    def _epochs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        for tranche in range(self.tranche_at(start), self.tranche_at(stop - 1) + 1):
+            yield tranche, self._starts[tranche], self._starts[tranche + 1] - self._starts[tranche]
+
+
 @lru_cache(maxsize=2)
 def _permuted_chunks(order: RowOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    chunk_order = _generator(order.seed, _CHUNKS, epoch, 0).permutation(len(order.rows_per_chunk))
-    return chunk_order, np.cumsum(order.rows_per_chunk[chunk_order], dtype=np.int64)
+    first, rows_per_chunk = order.epoch_chunks(epoch)
+    chunk_order = _generator(order.seed, _CHUNKS, epoch, 0).permutation(len(rows_per_chunk))
+    return first + chunk_order, np.cumsum(rows_per_chunk[chunk_order], dtype=np.int64)
 
 
 @lru_cache(maxsize=64)

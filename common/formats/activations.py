@@ -9,26 +9,26 @@ Row and token address each other without an index. Only kept tokens of windows [
 training rows and enter the statistics; later windows are held out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32, Shaped
+from jaxtyping import Bool, Float, Int32
 
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.chunk_index import ChunkIndex, checksum_text, write_chunk_index
+from saex_pipe.common.formats.chunk_reads import ChunkReads
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
 from saex_pipe.common.formats.manifest import Manifest
-from saex_pipe.common.formats.shard import ArrayLayout
 from saex_pipe.common.formats.statistics import ActivationStatistics
-from saex_pipe.common.formats.store_info import DTYPES, KEEP, TOKENS, StoreInfo, acts_array, scales_array
+from saex_pipe.common.formats.store_info import DTYPES, KEEP, STORE, TOKENS, StoreInfo, acts_array, scales_array
 from saex_pipe.common.formats.zarr_array import create_array, create_groups
+from saex_pipe.common.shuffle import RowOrder
 
 WRITERS = ("harvest", "toy")
 SCHEMA_VERSION = 2  # 1 had one dtype, no checksum of each chunk, and its index inside the manifest
-_CHUNKS_IN_FLIGHT = 4
 
 __all__ = ["DTYPES", "SCHEMA_VERSION", "WRITERS", "ActivationStore", "ActivationWriter", "Overtaken", "StoreInfo"]
 
@@ -44,6 +44,7 @@ class ActivationWriter:
         self.info = info
         self._folder = folder
         self._layouts = info.layouts()
+        folder.write(STORE, json.dumps(info.to_json(), sort_keys=True).encode())
         groups = sorted({name.rpartition("/")[0] for name in self._layouts})
         create_groups(folder, tuple(groups))
         for layout in self._layouts.values():
@@ -198,17 +199,18 @@ def finish_contents(folder: Folder, info: StoreInfo, ledger: Mapping[int, Mappin
     }
 
 
-class ActivationStore:
+class ActivationStore(ChunkReads):
     """A finished activation store, opened for reading. Every chunk that is read is checked against the ledger."""
 
     def __init__(self, uri: str, taps: Sequence[str] = ()) -> None:
         self.uri = uri
-        self.folder = Folder(uri)
         self.manifest = Manifest.require(uri, WRITERS, SCHEMA_VERSION)
+        self.digest = self.manifest.digest
         self.info = StoreInfo.from_json(self.manifest.contents)
         self.rows = int(self.manifest.contents["rows"])
-        self.layouts = self.info.layouts()
-        self.index = ChunkIndex(self.folder, self.manifest.contents["index"])
+        folder = Folder(uri)
+        self.index = ChunkIndex(folder, self.manifest.contents["index"])
+        super().__init__(folder, self.info, lambda array, chunk: int(self.index.checksums(array)[chunk]))
         for tap in taps:
             self.require_tap(tap)
 
@@ -226,60 +228,6 @@ class ActivationStore:
         """int32 [chunks]: training rows of each chunk of windows."""
         return self.index.rows_per_chunk()
 
-    def tokens(self, windows: range) -> Int32[np.ndarray, "N L"]:
-        """Token ids."""
-        return self._windows(TOKENS, windows)
-
-    def keep(self, windows: range) -> Bool[np.ndarray, "N L"]:
-        """Which tokens are rows, held-out windows included."""
-        return self._windows(KEEP, windows)
-
-    def train_keep(self, windows: range) -> Bool[np.ndarray, "N L"]:
-        """Which tokens are training rows."""
-        return self.keep(windows) & (np.asarray(windows) < self.info.train_windows)[:, None]
-
-    def acts(self, tap: str, windows: range) -> Float[np.ndarray, "N L D"]:
-        """Activations in the store's dtype, float32 where that is int8."""
-        values_NLD = self._windows(acts_array(tap), windows)
-        if self.info.dtypes[tap] != "int8":
-            return values_NLD
-        return self.info.channels[tap].decode(values_NLD, self._windows(scales_array(tap), windows))
-
-    def chunks(self, array: str, chunks: Sequence[int]) -> Iterator[Shaped[np.ndarray, "windows ..."]]:
-        """The windows of each of ``chunks``, as they are stored; some chunks are read ahead."""
-        layout, checksums = self.layouts[array], self.index.checksums(array)
-        pending = ((chunk, self._request(layout, chunk)) for chunk in chunks)
-        started = list(islice(pending, _CHUNKS_IN_FLIGHT))
-        while started:
-            chunk, request = started.pop(0)
-            yield layout.decode(chunk, self._received(layout, chunk, request), int(checksums[chunk]))
-            started += islice(pending, 1)
-
-    def _request(self, layout: ArrayLayout, chunk: int) -> Any:
-        place = layout.place(chunk)
-        return self.folder.objects.read(place.object, byte_range=place.bytes)
-
-    def _received(self, layout: ArrayLayout, chunk: int, request: Any) -> bytes:
-        place, windows = layout.place(chunk), layout.chunk_windows(chunk)
-        try:
-            result = request.result()
-        except (ValueError, OSError) as error:
-            if "OUT_OF_RANGE" not in str(error):
-                explain_storage_error(error, f"{self.uri}/{place.object}", "read")
-            result = None  # the object is shorter: a chunk that is cut off
-        if result is not None and result.state != "value":
-            raise SaexError(
-                f"{self.uri}/{layout.name} lacks the shard with windows {windows.start} to {windows.stop - 1}; "
-                f"'saex-pipe store repair {self.uri}' makes it again"
-            )
-        return b"" if result is None else bytes(result.value)
-
-    def _windows(self, array: str, windows: range) -> np.ndarray:
-        layout = self.layouts[array]
-        size = layout.tiling.chunk_windows
-        out = np.empty((len(windows), *layout.shape[1:]), layout.dtype)
-        chunks = range(windows.start // size, -(-windows.stop // size))
-        for chunk, values in zip(chunks, self.chunks(array, chunks), strict=True):
-            first, last = max(windows.start, chunk * size), min(windows.stop, (chunk + 1) * size)
-            out[first - windows.start : last - windows.start] = values[first - chunk * size : last - chunk * size]
-        return out
+    def row_order(self, seed: int, pool_rows: int, lanes: int) -> RowOrder:
+        """The order of training rows."""
+        return RowOrder(self.rows_per_chunk(), seed, pool_rows, lanes)

@@ -79,6 +79,11 @@ class TrainingState:
         with self._explained("written"):
             self._manager.save(step, args=self._orbax.args.StandardSave(tree))
 
+    def wait(self) -> None:
+        """Return once the saves under way are durable."""
+        with self._explained("written"):
+            self._manager.wait_until_finished()
+
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Step and tree of the latest checkpoint, with the shapes and shardings of ``like``; None if there is none."""
         step = self._manager.latest_step()

@@ -92,17 +92,11 @@ def fingerprint(config: StageConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"stage": config.stage, "schema_version": config.schema_version}
     fields |= config.result_fields()
     for name in config.marked(Upstream):
-        uri = getattr(config, name)
-        if uri is not None:
-            upstream = Manifest.read(Folder(uri))
-            if upstream is None:
-                raise InputError(
-                    f"{config.stage}.{name} = {uri!r} holds no finished output",
-                    "run the stage that writes it first, or point to a folder with a manifest.json",
-                )
-            fields[name] = upstream.digest
+        value = getattr(config, name)
+        if value is None or isinstance(value, str):
+            fields[name] = value and _upstream_digest(config, name, value)
         else:
-            fields[name] = None
+            fields[name] = [_upstream_digest(config, name, uri) for uri in value]
     for name in config.marked(Resource):
         value = getattr(config, name)
         if value is None or isinstance(value, str):
@@ -110,6 +104,20 @@ def fingerprint(config: StageConfig) -> dict[str, Any]:
         else:
             fields[name] = [resources.identity(uri) for uri in value]
     return fields
+
+
+def _upstream_digest(config: StageConfig, name: str, uri: str) -> str:
+    folder = Folder(uri)
+    upstream = Manifest.read(folder)
+    if upstream is not None:
+        return upstream.digest
+    started = _found(folder) if config.takes_unfinished else None
+    if started is not None:
+        return canonical_digest(started)  # which the manifest will have, too
+    raise InputError(
+        f"{config.stage}.{name} = {uri!r} holds no finished output",
+        "run the stage that writes it first, or point to a folder with a manifest.json",
+    )
 
 
 class StageOutput:

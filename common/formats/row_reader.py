@@ -10,8 +10,9 @@ from jaxtyping import Float, Shaped
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import ActivationStore
+from saex_pipe.common.formats.followed_store import FollowedStore
 from saex_pipe.common.formats.store_info import DTYPES, KEEP, acts_array, scales_array
-from saex_pipe.common.shuffle import Pool, PoolRows, RowOrder
+from saex_pipe.common.shuffle import Pool, PoolRows
 
 LANES = 8
 _READ_AHEAD = 2  # pools beyond those in use
@@ -32,14 +33,20 @@ class RowReader:
     """
 
     def __init__(
-        self, store: ActivationStore, taps: Sequence[str], *, seed: int, batch_rows: int, pool_bytes: int
+        self,
+        store: ActivationStore | FollowedStore,
+        taps: Sequence[str],
+        *,
+        seed: int,
+        batch_rows: int,
+        pool_bytes: int,
     ) -> None:
         self._store, self._taps = store, tuple(dict.fromkeys(taps))
         self._arrays = [acts_array(tap) for tap in self._taps]
         self._arrays += [scales_array(tap) for tap in self._taps if store.info.dtypes[tap] == "int8"]
         row_bytes = sum(map(store.info.row_bytes, self._taps))
         pool_rows = pool_bytes // ((LANES + _READ_AHEAD) * row_bytes)
-        if store.rows < batch_rows:
+        if store.rows is not None and store.rows < batch_rows:
             raise InputError(
                 f"{store.uri} has {store.rows:,} training rows, fewer than one batch of {batch_rows:,}",
                 "harvest more tokens or set train.batch_rows lower",
@@ -49,7 +56,7 @@ class RowReader:
                 f"train.pool_bytes = {pool_bytes:,} does not hold {LANES + _READ_AHEAD} rows of {row_bytes:,} bytes",
                 "raise train.pool_bytes",
             )
-        self.order = RowOrder(store.rows_per_chunk(), seed, pool_rows, LANES)
+        self.order = store.row_order(seed, pool_rows, LANES)
         self._batch_rows = batch_rows
         # Where the store is smaller than the pools, there is room for those of the next epoch as well.
         rooms = min(2 * LANES, pool_bytes // (self.order.largest_pool * row_bytes))
@@ -70,7 +77,13 @@ class RowReader:
             part: which of its rows.
             out: arrays to fill, by tap; new ones where it is not given.
         """
-        parts = _cut(self.order.span(step * self._batch_rows, (step + 1) * self._batch_rows), part)
+        return self.rows(step * self._batch_rows, (step + 1) * self._batch_rows, part, out)
+
+    def rows(
+        self, start: int, stop: int, part: slice = slice(None), out: Mapping[str, np.ndarray] | None = None
+    ) -> Mapping[str, Float[np.ndarray, "B D"]]:
+        """The rows at positions [start, stop) of training; see ``batch``."""
+        parts = _cut(self.order.span(start, stop), part)
         self._read_ahead(parts)
         count = sum(len(rows.turns) for rows in parts)
         if out is None:

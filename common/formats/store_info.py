@@ -19,6 +19,7 @@ DTYPES = {
     "int8": np.dtype("int8"),
 }
 TOKENS, KEEP = "tokens", "keep"
+STORE = "store.json"  # the StoreInfo, written before the first shard
 
 
 def acts_array(tap: str) -> str:
@@ -62,6 +63,11 @@ class StoreInfo:
     def activation_bytes(self) -> int:
         """Of all activations, without checksums."""
         return self.windows * self.window_length * sum(map(self.row_bytes, self.taps))
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of the activations of one whole shard, all taps together, without checksums."""
+        return self.tiling.shard_windows * self.window_length * sum(map(self.row_bytes, self.taps))
 
     def layouts(self) -> dict[str, ArrayLayout]:
         """Every array of the store, by name."""

@@ -12,6 +12,18 @@ class Config(StageConfig):
     folder: ClassVar[str] = "sae"
 
     store: Annotated[str, Upstream("activations")] = setting(unit="URI", meaning="activation store to train on")
+    other_stores: Annotated[tuple[str, ...], Upstream("activations")] = setting(
+        (), unit="URIs", meaning="more activation stores of the same taps, mixed into every batch"
+    )
+    store_weights: tuple[float, ...] = setting(
+        (), unit="", meaning="relative share of each store, the first one first; unset: by their rows"
+    )
+    follow: bool = setting(
+        False, unit="", meaning="start while the store is still being written, and read its shards as they are finished"
+    )
+    tranche_shards: int | None = setting(
+        None, unit="shards", meaning="with follow: shards that are mixed together; unset: what pool_bytes holds", ge=1
+    )
     tap: str | None = setting(None, unit="name", meaning="activation to encode; unset: the store's only one")
     target_tap: str | None = setting(None, unit="name", meaning="activation to predict: trains a transcoder")
     variant: str = setting("topk", unit="", meaning="kind of autoencoder: topk or relu")
@@ -44,3 +56,8 @@ class Config(StageConfig):
     checkpoint_every_steps: int = setting(
         500, unit="steps", meaning="steps between two saves to resume from", ge=1, affects_result=False
     )
+
+    @property
+    def takes_unfinished(self) -> bool:
+        """A followed store may still be growing."""
+        return self.follow

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from saex_pipe.common.errors import InputError, SaexError
-from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import SavedSae, TrainingState, write_sae
 from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
-from saex_pipe.common.formats.row_reader import RowReader
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.common.preemption import graceful_stop
 from saex_pipe.common.sae.contract import DataStats, Variant
@@ -22,6 +20,7 @@ from saex_pipe.common.sae.saelens import hook_name, to_saelens
 from saex_pipe.common.sae.train_step import StepTerms, TrainState, init_state, make_step
 from saex_pipe.common.sae.variants import build
 from saex_pipe.stages.train.config import Config
+from saex_pipe.stages.train.rows import Returns, Rows, make_reader, open_rows
 
 _LOG_EVERY_STEPS = 10
 _DEFAULT_K = 32
@@ -39,8 +38,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
     with stage_output(config, force=force) as output, graceful_stop() as stop:
         if output.manifest is not None:
             return output.manifest
-        taps = _taps(config)
-        store = ActivationStore(config.store, taps)
+        store, taps = open_rows(config, stop)
         tap, target = taps[0], taps[-1]
         variant = _variant(config, store.info.taps[tap], transcoder=tap != target)
         scales = Normalisation(_scale(config, store, tap), _scale(config, store, target))
@@ -49,13 +47,18 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         step_fn = _compiled_step(config, variant, optimiser, scales)
         state = init_state(variant.init(jax.random.key(config.seed), _data_stats(store, taps, scales)), optimiser)
 
-        reader = RowReader(store, taps, seed=config.seed, batch_rows=config.batch_rows, pool_bytes=config.pool_bytes)
+        reader = make_reader(config, store, taps)
+        given_back = Returns(config, store, reader, output.digest)
         with reader, TrainingState(output.folder) as saves:
             terms = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
             start, (state, terms) = saves.restore((state, terms)) or (0, (state, terms))
             total, done = steps * config.batch_rows, start * config.batch_rows
             with progress("training", total, "rows", done=done, log=output.metrics) as bar:
                 for step in range(start, steps):
+                    if given_back.is_due(step):
+                        saves.save(step, (state, terms))
+                        saves.wait()
+                        given_back.release(step)
                     waited = reader.waiting_seconds
                     batch = reader.batch(step)
                     state, terms = step_fn(state, batch[tap], batch[target])
@@ -70,17 +73,6 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         return _finish(output, variant, config, state, terms)
 
 
-def _taps(config: Config) -> tuple[str, ...]:
-    """The tap to encode and, for a transcoder, the tap to predict."""
-    available = list(ActivationStore(config.store).info.taps)
-    if config.tap is None and len(available) > 1:
-        raise InputError(
-            f"train.tap is missing, and {config.store} holds {', '.join(available)}", "set it to one of them"
-        )
-    tap = config.tap or available[0]
-    return (tap,) if config.target_tap in (None, tap) else (tap, str(config.target_tap))
-
-
 def _variant(config: Config, width: int, *, transcoder: bool) -> Variant:
     if (config.latents is None) == (config.expansion is None):
         raise InputError(
@@ -91,7 +83,7 @@ def _variant(config: Config, width: int, *, transcoder: bool) -> Variant:
     return build(config.variant, latents, k, config.sparsity_coefficient, transcoder, config.auxiliary_stride)
 
 
-def _scale(config: Config, store: ActivationStore, tap: str) -> float:
+def _scale(config: Config, store: Rows, tap: str) -> float:
     if store.rows == 0:
         raise InputError(f"{config.store} has no training rows", "harvest again with more text or fewer drop_* rules")
     if config.normalise == "none":
@@ -102,7 +94,7 @@ def _scale(config: Config, store: ActivationStore, tap: str) -> float:
     return float(1 / np.sqrt(mean_square))
 
 
-def _data_stats(store: ActivationStore, taps: tuple[str, ...], scales: Normalisation) -> DataStats:
+def _data_stats(store: Rows, taps: tuple[str, ...], scales: Normalisation) -> DataStats:
     means = [store.statistics(tap).mean_D.astype(np.float32) for tap in taps]
     return DataStats(jnp.asarray(means[0] * scales.input_scale), jnp.asarray(means[-1] * scales.output_scale))
 
@@ -130,7 +122,7 @@ def _shown(terms: StepTerms, step: int) -> dict[str, float]:
 
 def _exported(
     config: Config,
-    store: ActivationStore,
+    store: Rows,
     variant: Variant,
     state: TrainState,
     scales: Normalisation,
@@ -152,7 +144,7 @@ def _exported(
         "target_tap": taps[-1],
         "row_policy": store.info.row_policy.to_json(),
         "source": dict(source),
-        "store_digest": store.manifest.digest,
+        "store_digest": store.digest,
         "normalisation": scales._asdict(),
         "config": config.result_fields(),
     }

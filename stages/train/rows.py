@@ -1,0 +1,77 @@
+"""Where the rows of a training run come from: one store, several mixed, or one that is still being written."""
+
+from typing import TypeAlias
+
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.formats.activations import ActivationStore
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.followed_store import FollowedStore, frees_shards, release_shards
+from saex_pipe.common.formats.mixed_stores import MixedReader, MixedStores
+from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.preemption import StopRequest
+from saex_pipe.common.shuffle import TrancheOrder
+from saex_pipe.stages.train.config import Config
+
+Rows: TypeAlias = ActivationStore | FollowedStore | MixedStores
+Reader: TypeAlias = RowReader | MixedReader
+
+
+def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, tuple[str, ...]]:
+    """The rows to train on; the tap to encode and, for a transcoder, the tap to predict."""
+    if config.follow:
+        if config.other_stores:
+            raise InputError("train.follow and train.other_stores contradict each other", "mix finished stores")
+        followed = FollowedStore(config.store, config.tranche_shards, config.pool_bytes, stop.raise_if_requested)
+        return followed, _taps(config, followed)
+    store = ActivationStore(config.store)
+    taps = _taps(config, store)
+    if not config.other_stores:
+        return store, taps
+    stores = [store, *map(ActivationStore, config.other_stores)]
+    return MixedStores(stores, taps, config.store_weights), taps
+
+
+def make_reader(config: Config, store: Rows, taps: tuple[str, ...]) -> Reader:
+    """Batches of these rows."""
+    settings = {"seed": config.seed, "batch_rows": config.batch_rows, "pool_bytes": config.pool_bytes}
+    if isinstance(store, MixedStores):
+        return MixedReader(store, taps, **settings)
+    return RowReader(store, taps, **settings)
+
+
+class Returns:
+    """Gives shards back to a writer that waits for room, once what was learnt from them is saved."""
+
+    def __init__(self, config: Config, store: Rows, reader: Reader, digest: str) -> None:
+        self._batch_rows, self._store, self._reader = config.batch_rows, store, digest[:16]
+        order = reader.order if isinstance(reader, RowReader) else None
+        self._order = order if isinstance(order, TrancheOrder) and frees_shards(Folder(store.uri)) else None
+        self._returned = 0  # the first tranche that was not given back
+        if self._order is not None:
+            self.release(0)  # from now on the others wait for this reader, too
+
+    def is_due(self, step: int) -> bool:
+        """Whether ``step`` is the first that needs nothing of a tranche that was not given back yet."""
+        return self._order is not None and self._tranche(step) > self._returned
+
+    def release(self, step: int) -> None:
+        """Give back what ``step`` and those after it do not need; the state before ``step`` must be durable."""
+        assert isinstance(self._store, FollowedStore)
+        self._returned = self._tranche(step) if step else 0
+        release_shards(Folder(self._store.uri), self._store.info, self._reader, self._store.first_shard(self._returned))
+
+    def _tranche(self, step: int) -> int:
+        assert self._order is not None
+        return self._order.tranche_at(step * self._batch_rows)
+
+
+def _taps(config: Config, store: ActivationStore | FollowedStore) -> tuple[str, ...]:
+    available = list(store.info.taps)
+    if config.tap is None and len(available) > 1:
+        raise InputError(
+            f"train.tap is missing, and {config.store} holds {', '.join(available)}", "set it to one of them"
+        )
+    taps = config.tap or available[0], config.target_tap or config.tap or available[0]
+    for tap in taps:
+        store.require_tap(tap)
+    return tuple(dict.fromkeys(taps))
