@@ -39,12 +39,20 @@ def write_chunk_index(folder: Folder, entries: Sequence[Mapping[str, Any]]) -> d
     Returns:
         sha256 of each object, by its name.
     """
-    objects = {_ROWS: np.concatenate([np.asarray(entry["rows_per_chunk"], np.int32) for entry in entries])}
-    for array in entries[0]["checksums"]:
-        parts = [checksums_from_text(entry["checksums"][array]) for entry in entries]
-        objects[_checksums(array)] = np.concatenate(parts)
+    rows_per_chunk = np.concatenate([np.asarray(entry["rows_per_chunk"], np.int32) for entry in entries])
+    checksums = {
+        array: np.concatenate([checksums_from_text(entry["checksums"][array]) for entry in entries])
+        for array in entries[0]["checksums"]
+    }
+    return write_index_objects(folder, rows_per_chunk, checksums)
+
+
+def write_index_objects(
+    folder: Folder, rows_per_chunk: Int32[np.ndarray, " chunks"], checksums: Mapping[str, UInt32[np.ndarray, " chunks"]]
+) -> dict[str, str]:
+    """Write the index itself; see ``write_chunk_index``."""
     digests = {}
-    for name, values in objects.items():
+    for name, values in {_ROWS: rows_per_chunk, **{_checksums(array): v for array, v in checksums.items()}}.items():
         buffer = io.BytesIO()
         np.save(buffer, values, allow_pickle=False)
         folder.write(name, buffer.getvalue())

@@ -16,6 +16,7 @@ from saex_pipe.common.shuffle import Pool, PoolRows
 
 LANES = 8
 _READ_AHEAD = 2  # pools beyond those in use
+READ_AHEAD_FACTOR = (LANES + _READ_AHEAD) / LANES  # all memory, in units of what a batch is drawn from
 
 
 class _Room(NamedTuple):

@@ -52,7 +52,13 @@ class Config(StageConfig):
     sparsity_warmup_steps: int = setting(
         0, unit="steps", meaning="steps over which the sparsity penalty rises from 0", ge=0
     )
-    pool_bytes: int = setting(1 << 30, unit="bytes", meaning="memory for mixing rows, reading ahead included", ge=1)
+    pool_bytes: int | None = setting(
+        None,
+        unit="bytes",
+        meaning="memory for mixing rows, reading ahead included; unset: 1 GiB, or up to 8 GiB where only that keeps a "
+        "row from meeting more than one other row of its window in a batch",
+        ge=1,
+    )
     checkpoint_every_steps: int = setting(
         500, unit="steps", meaning="steps between two saves to resume from", ge=1, affects_result=False
     )

@@ -1,5 +1,6 @@
 """Where the rows of a training run come from: one store, several mixed, or one that is still being written."""
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from saex_pipe.common.errors import InputError
@@ -7,10 +8,14 @@ from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.followed_store import FollowedStore, frees_shards, release_shards
 from saex_pipe.common.formats.mixed_stores import MixedReader, MixedStores
-from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.formats.row_reader import READ_AHEAD_FACTOR, RowReader
+from saex_pipe.common.formats.store_info import StoreInfo
 from saex_pipe.common.preemption import StopRequest
 from saex_pipe.common.shuffle import TrancheOrder
 from saex_pipe.stages.train.config import Config
+
+MOST_MATES = 1.0
+_SMALLEST_POOL, _LARGEST_POOL = 1 << 30, 8 << 30
 
 Rows: TypeAlias = ActivationStore | FollowedStore | MixedStores
 Reader: TypeAlias = RowReader | MixedReader
@@ -21,7 +26,8 @@ def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, tuple[str, ...]]
     if config.follow:
         if config.other_stores:
             raise InputError("train.follow and train.other_stores contradict each other", "mix finished stores")
-        followed = FollowedStore(config.store, config.tranche_shards, config.pool_bytes, stop.raise_if_requested)
+        held = config.pool_bytes or _SMALLEST_POOL
+        followed = FollowedStore(config.store, config.tranche_shards, held, stop.raise_if_requested)
         return followed, _taps(config, followed)
     store = ActivationStore(config.store)
     taps = _taps(config, store)
@@ -33,10 +39,23 @@ def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, tuple[str, ...]]
 
 def make_reader(config: Config, store: Rows, taps: tuple[str, ...]) -> Reader:
     """Batches of these rows."""
-    settings = {"seed": config.seed, "batch_rows": config.batch_rows, "pool_bytes": config.pool_bytes}
+    pool_bytes = config.pool_bytes or default_pool_bytes(config.batch_rows, store.info, taps)
+    settings = {"seed": config.seed, "batch_rows": config.batch_rows, "pool_bytes": pool_bytes}
     if isinstance(store, MixedStores):
         return MixedReader(store, taps, **settings)
     return RowReader(store, taps, **settings)
+
+
+def default_pool_bytes(batch_rows: int, info: StoreInfo, taps: Sequence[str]) -> int:
+    """Memory for rows with which one row of a batch meets ``MOST_MATES`` others of its window on average.
+
+    Rows of one window are alike, so that a batch which holds several of them says less than its size: with a
+    correlation r between them the variance of its mean grows by r times their number. The bound is kept up to
+    8 GiB, that is to 2,048 rows of 4.6 kB in windows of 750 tokens.
+    """
+    row_bytes = sum(map(info.row_bytes, taps))
+    rows = batch_rows * info.window_length / MOST_MATES
+    return int(min(max(rows * row_bytes * READ_AHEAD_FACTOR, _SMALLEST_POOL), _LARGEST_POOL))
 
 
 class Returns:

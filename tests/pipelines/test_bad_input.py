@@ -123,7 +123,7 @@ COMMANDS = {
     ),
     "pool too small": (
         RUN + " --set train.pool_bytes=64 --force",
-        r"train.pool_bytes = 64 does not hold 16 rows of 64",
+        r"train.pool_bytes = 64 does not hold 10 rows of 64",
     ),
     "negative rate": (RUN + " --set train.learning_rate=-1", r"train.learning_rate = -1: .*greater than 0"),
     "everything held out": (
