@@ -12,8 +12,8 @@ from saex_pipe.common.formats.folder import Folder, explain_storage_error
 from saex_pipe.common.formats.shard import ArrayLayout
 from saex_pipe.common.formats.store_info import KEEP, TOKENS, StoreInfo, acts_array, scales_array
 
-# In flight for one array: on a disk two keep both ends busy, and more only cool the caches; a bucket is far away.
-_LOCAL_REQUESTS, _REMOTE_REQUESTS = 2, 32
+# In flight for one array: more than four on a disk only cool the caches; a bucket is far away.
+_LOCAL_REQUESTS, _REMOTE_REQUESTS = 4, 32
 
 
 class ChunkReads:

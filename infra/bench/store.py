@@ -1,9 +1,17 @@
-"""Activation store against raw files: sequential write and shuffled read, in MB/s (10^6 bytes).
+"""The activation store against raw files: sequential write and shuffled read, in MB/s (10^6 bytes of activations).
 
-    python infra/bench/store.py [--quick] [--folder DIR]
+    python infra/bench/store.py [--quick] [--folder DIR] [--peer-python PATH]
 
-One JSON object a line. The bounds are measured in the same run, on the same disk, with the same bytes: for writing, raw
-files of one shard each with fsync; for reading, one copy of a warm raw file into a preallocated buffer.
+One JSON object a line; sides take turns, and all handle the same bytes on the same disk.
+
+- ``write``: shards with their checksums and statistics, two at once as the harvest writes them; the bound is raw files
+  of one shard each with fsync.
+- ``shuffled read, warm``: batches in training order into arrays that are there; the bound is one copy of warm raw files
+  into a buffer. Peers, where ``--peer-python`` names a Python that has them: SAELens' reader of cached activations
+  and slices of safetensors shards, in rows of the same width (``peers_store.py``), as MB/s of bfloat16 rows.
+- ``shuffled read, cold``: the same after the pages of the store are dropped; the bound is ``dd`` over raw
+  files after the same.
+- ``int8``: written from bfloat16 and read into float32; MB/s count bfloat16 bytes, so that they compare.
 """
 
 import argparse
@@ -11,9 +19,12 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import ml_dtypes
@@ -27,99 +38,146 @@ from saex_pipe.common.formats.activations import (
     finish_contents,
 )
 from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.int8 import Channels
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.formats.row_reader import RowReader
 from saex_pipe.common.formats.zarr_array import Tiling
+from saex_pipe.common.host_memory import keep_freed_memory
 
 WIDTH, LENGTH, BATCH_ROWS = 2048, 128, 4096
 
 
-def median_seconds(action: Callable[[], object], runs: int) -> float:
-    """Median wall time of ``runs`` calls."""
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def drop_pages(place: Path) -> None:
+    """Have the kernel forget the contents of every file below ``place``."""
+    for file in filter(Path.is_file, place.rglob("*")):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def report(case: str, size: int, seconds: float, bound_seconds: float) -> None:
-    value, bound = size / 1e6 / seconds, size / 1e6 / bound_seconds
-    figures = {
-        "value": round(value, 1),
-        "unit": "MB/s",
-        "bound": round(bound, 1),
-        "bound_fraction": round(value / bound, 3),
-    }
-    print(json.dumps({"bench": "store", "case": case, **figures}), flush=True)
+class _Bench:
+    """One store of ``shards`` shards, and raw files of the same bytes."""
 
+    def __init__(self, root: Path, shards: int, dtype: str) -> None:
+        tiling = Tiling.for_bytes(LENGTH * WIDTH * 2, shards * 128)
+        windows = shards * tiling.shard_windows
+        channels = {} if dtype != "int8" else {"tap": Channels(np.zeros(WIDTH, "f4"), np.ones(WIDTH, "f4"))}
+        taps, dtypes, policy = {"tap": WIDTH}, {"tap": dtype}, RowPolicy()
+        self.info = StoreInfo(windows, windows, LENGTH, taps, dtypes, tiling, policy, {}, channels)
+        self.root, self.store, self.raw = root, root / "store", root / "raw"
+        self.raw.mkdir(exist_ok=True)
+        random = np.random.default_rng(0)
+        shape = (tiling.shard_windows, LENGTH)
+        self.acts_NLD = random.standard_normal((*shape, WIDTH), np.float32).astype(ml_dtypes.bfloat16)
+        self.tokens_NL, self.keep_NL = np.zeros(shape, np.int32), np.ones(shape, bool)
+        self.shards = tiling.shards(windows)
+        self.bytes = self.acts_NLD.nbytes * shards
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="256 MB instead of 1 GB, 3 runs instead of 5")
-    parser.add_argument("--folder", type=Path, help="disk to measure (default: a temporary folder)")
-    arguments = parser.parse_args()
-    runs, shards = (3, 4) if arguments.quick else (5, 16)
-    root = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
-        measure(root, runs, shards)
-    finally:
-        shutil.rmtree(root)
-
-
-def measure(root: Path, runs: int, shards: int) -> None:
-    tiling = Tiling.for_bytes(LENGTH * WIDTH * 2, shards * 128)
-    windows = shards * tiling.shard_windows
-    info = StoreInfo(windows, windows, LENGTH, {"tap": WIDTH}, {"tap": "bfloat16"}, tiling, RowPolicy(), {})
-    random = np.random.default_rng(0)
-    shape = (tiling.shard_windows, LENGTH)
-    acts_NLD = random.standard_normal((*shape, WIDTH), np.float32).astype(ml_dtypes.bfloat16)
-    tokens_NL, keep_NL = np.zeros(shape, np.int32), np.ones(shape, bool)
-    size = acts_NLD.nbytes * shards
-
-    def write_store() -> None:
-        shutil.rmtree(root / "store", ignore_errors=True)
-        writer = ActivationWriter(Folder(str(root / "store")), info)
-        ledger = {
-            i: writer.write_shard(part, tokens_NL, keep_NL, {"tap": acts_NLD})
-            for i, part in enumerate(info.tiling.shards(windows))
-        }
-        folder = Folder(str(root / "store"))
-        contents = finish_contents(folder, info, ledger)
+    def write_store(self) -> None:
+        shutil.rmtree(self.store, ignore_errors=True)
+        folder = Folder(str(self.store))
+        writer = ActivationWriter(folder, self.info)
+        with ThreadPoolExecutor(2) as pool:
+            entries = pool.map(
+                lambda part: writer.write_shard(part, self.tokens_NL, self.keep_NL, {"tap": self.acts_NLD}), self.shards
+            )
+            ledger = dict(enumerate(entries))
+        contents = finish_contents(folder, self.info, ledger)
         manifest = Manifest("harvest", SCHEMA_VERSION, "", {}, {}, {}, contents, {}, {}, "")
         folder.write("manifest.json", json.dumps(manifest.__dict__).encode())
 
-    def write_raw() -> None:
-        for shard in range(shards):
-            with open(root / f"raw-{shard}", "wb") as file:
-                file.write(acts_NLD.view(np.uint8).data)
+    def write_raw(self) -> None:
+        for number in range(len(self.shards)):
+            with open(self.raw / str(number), "wb") as file:
+                file.write(self.acts_NLD.view(np.uint8).data)
                 file.flush()
                 os.fsync(file.fileno())
 
-    report(
-        "write with checksums and statistics", size, median_seconds(write_store, runs), median_seconds(write_raw, runs)
-    )
+    def open_reader(self) -> RowReader:
+        store = ActivationStore(str(self.store), ("tap",))
+        self.batch = {"tap": np.empty((BATCH_ROWS, WIDTH), store.info.decoded_dtype("tap"))}
+        self.steps = iter(range(1 << 40))
+        self.reader = RowReader(store, ("tap",), seed=0, batch_rows=BATCH_ROWS, pool_bytes=1 << 28)
+        return self.reader
 
-    store = ActivationStore(str(root / "store"), ("tap",))
-    steps = store.rows // BATCH_ROWS
-    buffer = np.empty(acts_NLD.nbytes, np.uint8)
+    def read_shuffled(self) -> None:
+        for step in islice(self.steps, self.info.windows * LENGTH // BATCH_ROWS):
+            self.reader.batch(step, out=self.batch)
 
-    def read_shuffled() -> None:
-        with RowReader(store, ("tap",), seed=0, batch_rows=BATCH_ROWS, pool_bytes=1 << 28) as reader:
-            for step in range(steps):
-                reader.batch(step)
-
-    def read_raw() -> None:
-        for shard in range(shards):
-            with open(root / f"raw-{shard}", "rb", buffering=0) as file:
+    def copy_raw(self) -> None:
+        buffer = np.empty(self.acts_NLD.nbytes, np.uint8)
+        for number in range(len(self.shards)):
+            with open(self.raw / str(number), "rb", buffering=0) as file:
                 file.readinto(buffer)
 
-    read = steps * BATCH_ROWS * WIDTH * 2
-    report(
-        "shuffled read, warm", read, median_seconds(read_shuffled, runs), median_seconds(read_raw, runs) * read / size
+    def dd(self) -> None:
+        for number in range(len(self.shards)):
+            subprocess.run(
+                ["dd", f"if={self.raw / str(number)}", "of=/dev/null", "bs=4M"], check=True, capture_output=True
+            )
+
+    def compare(
+        self, case: str, ours: Callable[[], None], bound: Callable[[], None], runs: int, cold: bool = False
+    ) -> dict[str, object]:
+        """Medians of both, taking turns."""
+        seconds: dict[Callable[[], None], list[float]] = {ours: [], bound: []}
+        for _ in range(runs):
+            for side, place in ((ours, self.store), (bound, self.raw)):
+                if cold:
+                    drop_pages(place)
+                start = time.perf_counter()
+                side()
+                seconds[side].append(time.perf_counter() - start)
+        value, limit = (self.bytes / 1e6 / statistics.median(seconds[side]) for side in (ours, bound))
+        ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[bound], strict=True))
+        found = {"value": round(value, 1), "unit": "MB/s", "bound": round(limit, 1), "bound_fraction": round(ratio, 3)}
+        return {"bench": "store", "case": case, **found}
+
+
+def peer_lines(found: dict[str, object], python: str, root: Path, bench: _Bench) -> list[dict[str, object]]:
+    """``found`` beside each peer."""
+    windows, batches = bench.info.windows, bench.info.windows * LENGTH // BATCH_ROWS
+    command = [python, str(Path(__file__).with_name("peers_store.py")), str(root / "peers")]
+    command += [str(number) for number in (windows, LENGTH, WIDTH, BATCH_ROWS, batches)]
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
+    lines = []
+    for peer, rows in json.loads(output.stdout.splitlines()[-1]).items():
+        value = rows * WIDTH * 2 / 1e6
+        lines.append(found | {"peer": peer, "peer_value": round(value, 1), "ratio": round(found["value"] / value, 2)})
+    return lines
+
+
+def main() -> None:
+    keep_freed_memory()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="512 MB instead of 2 GB, 3 runs instead of 7")
+    parser.add_argument("--folder", type=Path, help="disk to measure (default: a temporary folder)")
+    parser.add_argument("--peer-python", metavar="PATH", help="a Python with torch, datasets and sae-lens")
+    arguments = parser.parse_args()
+    runs, shards = (3, 8) if arguments.quick else (7, 32)
+    root = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        for dtype in ("bfloat16", "int8"):
+            bench = _Bench(root, shards, dtype)
+            bench.write_store()
+            bench.write_raw()
+            label = "" if dtype == "bfloat16" else " int8,"
+            case = f"write,{label} with checksums and statistics"
+            print(json.dumps(bench.compare(case, bench.write_store, bench.write_raw, runs)), flush=True)
+            with bench.open_reader():
+                bench.read_shuffled()
+                case = f"shuffled read,{label} warm"
+                found = bench.compare(case, bench.read_shuffled, bench.copy_raw, runs)
+                python = None if label else arguments.peer_python
+                for line in [found] if python is None else peer_lines(found, python, root, bench):
+                    print(json.dumps(line), flush=True)
+                case = f"shuffled read,{label} cold"
+                print(json.dumps(bench.compare(case, bench.read_shuffled, bench.dd, runs, cold=True)), flush=True)
+    finally:
+        shutil.rmtree(root)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,6 +16,26 @@ def test_sums_equal_numpy_in_float64():
     np.testing.assert_allclose(found.mean_D, exact.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.sum_square_D, np.square(exact).sum(axis=0), rtol=1e-6)
     assert found.mean_square_norm == pytest.approx(np.square(exact).sum(axis=1).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_only_rows_to_keep_count(dtype):
+    rows_NLD = (ROWS.reshape(50, 20, 16) * np.linspace(0.01, 100, 16, dtype=np.float32)).astype(dtype)
+    keep_NL = np.random.Generator(np.random.Philox(key=5)).random((50, 20)) < 0.8
+    rows_NLD[0, 0], keep_NL[0, 0] = np.inf, False
+    found, exact = ActivationStatistics.of_rows(rows_NLD, keep_NL), rows_NLD[keep_NL].astype(np.float64)
+    assert found.count == keep_NL.sum()
+    np.testing.assert_allclose(found.sum_D, exact.sum(axis=0), rtol=1e-12 if dtype == np.float32 else 1e-6)
+    np.testing.assert_allclose(found.sum_square_D, np.square(exact).sum(axis=0), rtol=1e-6)
+    assert found.norm_histogram.sum() == found.count
+    np.testing.assert_allclose(found.variance_D, exact.var(axis=0), rtol=1e-4)
+
+
+def test_the_ratio_of_mean_to_spread():
+    exact = ROWS.astype(np.float64)
+    expected = np.linalg.norm(exact.mean(axis=0)) / np.sqrt(exact.var(axis=0).sum())
+    assert ActivationStatistics.of_rows(ROWS).mean_to_spread == pytest.approx(expected, rel=1e-6)
+    assert ActivationStatistics.of_rows(np.ones((3, 2), np.float32)).mean_to_spread == 0
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
