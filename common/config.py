@@ -88,6 +88,11 @@ class StageConfig(pydantic.BaseModel):
         """Whether the stage reads inputs that are still being written."""
         return False
 
+    @property
+    def worker_name(self) -> str | None:
+        """Name of this process among several that write one output, None where it writes alone."""
+        return None
+
     def result_fields(self) -> dict[str, Any]:
         """The fields that change the result and are not URIs, as JSON values."""
         by_uri = {*self.marked(Upstream), *self.marked(Resource)}

@@ -1,4 +1,4 @@
-"""The two ways a command ends early, and the exit status each one maps to.
+"""The ways a command ends early, and the exit status each one maps to.
 
 A message is one line and names the value, the limit it breaks and the remedy. A traceback that reaches
 the user is a bug, except with ``--debug``.
@@ -29,3 +29,9 @@ class PreemptedError(SaexError):
     """SIGTERM arrived and the work in hand is committed: exit status 75, "run me again"."""
 
     exit_status = 75
+
+
+class ShareDone(SaexError):  # noqa: N818 - no error
+    """Not a failure: this worker's part of the work is done, and others still have theirs to do."""
+
+    exit_status = 0

@@ -16,14 +16,14 @@ _REMOTE_FLUSH_SECONDS = 60.0  # an object store cannot append: the whole log is 
 
 
 class MetricsLog:
-    """Appends events to ``metrics.jsonl`` in a local ``folder``. Where there is none, the object is written whole
-    through ``write_whole``, behind what an earlier run left in it (``read_whole``).
+    """Appends events to a local ``file``. Where there is none, the object is written whole through ``write_whole``,
+    behind what an earlier run left in it (``read_whole``).
     """
 
     def __init__(
-        self, folder: Path | None, write_whole: Callable[[bytes], None], read_whole: Callable[[], bytes | None]
+        self, file: Path | None, write_whole: Callable[[bytes], None], read_whole: Callable[[], bytes | None]
     ) -> None:
-        self._folder = folder
+        self._file = file
         self._write_whole, self._read_whole = write_whole, read_whole
         self._written: bytes | None = None  # the object so far, None while it has not been read
         self._lines: list[str] = []  # still held back
@@ -32,14 +32,14 @@ class MetricsLog:
     def event(self, **values: Any) -> None:
         """Record one event; ``time`` (seconds since 1970, UTC) is added."""
         self._lines.append(json.dumps({"time": round(time.time(), 3), **values}))
-        if self._folder is not None or time.monotonic() - self._flushed > _REMOTE_FLUSH_SECONDS:
+        if self._file is not None or time.monotonic() - self._flushed > _REMOTE_FLUSH_SECONDS:
             self._flush()
 
     def _flush(self) -> None:
         self._flushed = time.monotonic()
         text = "".join(f"{line}\n" for line in self._lines)
-        if self._folder is not None:
-            with (self._folder / "metrics.jsonl").open("a") as file:
+        if self._file is not None:
+            with self._file.open("a") as file:
                 file.write(text)
         else:
             if self._written is None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from saex_pipe.common import resources
 from saex_pipe.common.aot import Compiled, Topology, compile_ahead, topology
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.formats.activations import DTYPES
+from saex_pipe.common.formats.store_info import DTYPES, given_dtypes
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.load import read_architecture
@@ -27,6 +27,7 @@ from saex_pipe.common.mesh import check_batch, make_mesh
 from saex_pipe.pipelines import chain
 from saex_pipe.stages.harvest.config import Config
 from saex_pipe.stages.harvest.forward import lower_forward
+from saex_pipe.stages.harvest.stored import stored_dtypes
 
 _REMOTE_FOLDERS = ("hf://", "gs://", "s3://")
 _HALF = 0.5  # of the bound, which well-tuned forward passes reach
@@ -96,15 +97,16 @@ def plan_harvest(config: Config, window_length: int, on: Topology) -> HarvestPla
             into the memory of a chip.
     """
     architecture = _read_architecture(config.model)
-    taps = tap_names.expand(config.taps, architecture)
+    dtypes = stored_dtypes(config, architecture)
+    taps = tuple(dtypes)
     mesh = make_mesh(config.model_parallel, devices=on.devices)
     check_batch(config.batch_windows, mesh, "harvest.batch_windows")
     layers = tap_names.last_layer(taps, architecture) + 1
     model = abstract_model(architecture, layers=layers, with_unembedding=False, dtype=config.compute_dtype, mesh=mesh)
     shape = (config.batch_windows, window_length)
-    lowered = lower_forward(model, taps, config.store_dtype, shape=shape, mesh=mesh)
+    lowered = lower_forward(model, given_dtypes(dtypes), shape=shape, mesh=mesh)
     remedy = f"use fewer harvest.batch_windows than {config.batch_windows}, more chips, or a larger --model-parallel"
-    store_bytes = sum(tap_names.width(tap, architecture) for tap in taps) * DTYPES[config.store_dtype].itemsize
+    store_bytes = sum(tap_names.width(tap, architecture) * DTYPES[dtype].itemsize for tap, dtype in dtypes.items())
     flops = flops_per_token(architecture, taps, window_length)
     return HarvestPlan(
         model=config.model,

@@ -28,9 +28,19 @@ from saex_pipe.common.formats.zarr_array import create_array, create_groups
 from saex_pipe.common.shuffle import RowOrder
 
 WRITERS = ("harvest", "toy")
+CALIBRATION = "calibration.json"  # what the first windows decided for the whole store
 SCHEMA_VERSION = 2  # 1 had one dtype, no checksum of each chunk, and its index inside the manifest
 
-__all__ = ["DTYPES", "SCHEMA_VERSION", "WRITERS", "ActivationStore", "ActivationWriter", "Overtaken", "StoreInfo"]
+__all__ = [
+    "CALIBRATION",
+    "DTYPES",
+    "SCHEMA_VERSION",
+    "WRITERS",
+    "ActivationStore",
+    "ActivationWriter",
+    "Overtaken",
+    "StoreInfo",
+]
 
 
 class Overtaken(Exception):  # noqa: N818 - an outcome that the caller acts on, not a mistake
@@ -206,6 +216,11 @@ class ActivationStore(ChunkReads):
         self.uri = uri
         self.manifest = Manifest.require(uri, WRITERS, SCHEMA_VERSION)
         self.digest = self.manifest.digest
+        if self.manifest.contents.get("freed_below"):
+            raise InputError(
+                f"{uri}: followers have freed its first {self.manifest.contents['freed_below']} shards",
+                "harvest again without max_store_bytes",
+            )
         self.info = StoreInfo.from_json(self.manifest.contents)
         self.rows = int(self.manifest.contents["rows"])
         folder = Folder(uri)

@@ -2,15 +2,20 @@
 
 Every write is one object, atomic and durable when the call returns: on a local disk a temporary file,
 fsync and rename; on an object store a single PUT.
+
+Another S3 than Amazon's is named by ``SAEX_S3_ENDPOINT`` (``http://host:port``), with its region in ``AWS_REGION`` and
+the credentials in the environment; for GCS, TensorStore reads ``TENSORSTORE_GCS_HTTP_URL``. A request that a store
+refuses for the time being (429, 5xx, a connection that breaks) is repeated ``SAEX_REQUEST_RETRIES`` times, 16 where
+that is not set: with waits that double up to half a minute, for some five minutes.
 """
 
 import io
 import os
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
-from urllib.parse import quote
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import tensorstore as ts
@@ -18,6 +23,14 @@ import tensorstore as ts
 from saex_pipe.common.errors import InputError, SaexError
 
 _SCHEMES = ("gs://", "s3://")
+_REQUESTS = 64  # at once
+
+
+class Stamped(NamedTuple):
+    """An object (None where there is none) and what tells whether it has changed since."""
+
+    data: bytes | None
+    generation: bytes
 
 
 class Folder:
@@ -35,17 +48,37 @@ class Folder:
         """The key-value store itself, for requests that overlap; a failed one goes to ``explain_storage_error``."""
         if self._opened is None:
             try:
-                self._opened = ts.KvStore.open(self.kvstore_spec()).result()
+                self._opened = ts.KvStore.open(self.kvstore_spec(), context=ts.Context(self.context)).result()
             except (ValueError, OSError) as error:
                 explain_storage_error(error, self.uri, "opened")
         return self._opened
 
-    def kvstore_spec(self, name: str = "") -> str:
-        """The TensorStore URL of this folder, or of the sub-folder ``name``."""
+    def kvstore_spec(self, name: str = "") -> dict[str, Any]:
+        """TensorStore's specification of this folder, or of the sub-folder ``name``."""
         local = self.local_path()
-        base = f"file://{quote(str(local))}" if local is not None else self.uri
-        name = quote(name) if local is not None else name
-        return f"{base}/{name}/" if name else f"{base}/"
+        if local is not None:
+            return {"driver": "file", "path": f"{local}/{name}/" if name else f"{local}/"}
+        scheme, _, place = self.uri.partition("://")
+        bucket, _, path = place.partition("/")
+        found: dict[str, Any] = {
+            "driver": {"gs": "gcs", "s3": "s3"}[scheme],
+            "bucket": bucket,
+            "path": "/".join([*filter(None, (path, name)), ""]),
+        }
+        if scheme == "s3" and (endpoint := os.environ.get("SAEX_S3_ENDPOINT")):
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+            found |= {"endpoint": endpoint, "aws_region": region, "aws_credentials": {"type": "environment"}}
+        return found
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """TensorStore's settings for requests to this folder."""
+        retries = {
+            "max_retries": int(os.environ.get("SAEX_REQUEST_RETRIES", "16")),
+            "initial_delay": "0.5s",
+            "max_delay": "32s",
+        }
+        return {"gcs_request_retries": retries, "s3_request_retries": retries}
 
     def local_path(self) -> Path | None:
         """The absolute path on the local disk, None on an object store."""
@@ -76,6 +109,48 @@ class Folder:
             self.objects.write(name, data).result()
         except (ValueError, OSError) as error:
             explain_storage_error(error, f"{self.uri}/{name}", "written")
+
+    def read_stamped(self, name: str) -> Stamped:
+        """The bytes of object ``name`` with the generation that they are of."""
+        try:
+            result = self.objects.read(name).result()
+        except (ValueError, OSError) as error:
+            explain_storage_error(error, f"{self.uri}/{name}", "read")
+        return Stamped(bytes(result.value) if result.state == "value" else None, bytes(result.stamp.generation))
+
+    def write_if(self, name: str, data: bytes, generation: bytes) -> bytes | None:
+        """Write object ``name`` if it is still of ``generation``.
+
+        When the answer to a request that succeeded is lost, the request is repeated and fails: so what is there is
+        read back, and counts as written where it is ``data``. Writers that must be told apart put their name into it.
+
+        Returns:
+            The new generation, None where another has written since.
+        """
+        try:
+            written = bytes(self.objects.write(name, data, if_equal=generation).result().generation)
+        except (ValueError, OSError) as error:
+            explain_storage_error(error, f"{self.uri}/{name}", "written")
+        if written:
+            return written
+        found = self.read_stamped(name)
+        return found.generation if found.data == data else None
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The bytes of those of ``names`` that are there, many requests at once."""
+        found, pending = {}, list(reversed(names))
+        started: deque[tuple[str, Any]] = deque()
+        while started or pending:
+            while pending and len(started) < _REQUESTS:
+                started.append((pending[-1], self.objects.read(pending.pop())))
+            name, request = started.popleft()
+            try:
+                result = request.result()
+            except (ValueError, OSError) as error:
+                explain_storage_error(error, f"{self.uri}/{name}", "read")
+            if result.state == "value":
+                found[name] = bytes(result.value)
+        return found
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write named arrays whole, as one ``.npz`` object."""
@@ -135,6 +210,21 @@ def explain_storage_error(error: Exception, uri: str, action: str) -> NoReturn:
     if "File too large" in text:
         raise InputError(
             f"{uri} could not be {action}: files may not grow that large here", "raise the limit (ulimit -f)"
+        )
+    if any(word in text for word in ("NoSuchBucket", "bucket does not exist")):
+        raise InputError(f"{uri} could not be {action}: there is no such bucket", "create it, or choose another")
+    if any(
+        word in text
+        for word in ("UNAUTHENTICATED", "HTTP response code: 401", "HTTP response code: 403", "Credentials")
+    ):
+        raise InputError(f"{uri} could not be {action}: the store refuses these credentials", "log in, or use others")
+    if any(
+        word in text
+        for word in ("CURL error", "UNAVAILABLE", "DEADLINE_EXCEEDED", "HTTP response code: 5", "code: 429")
+    ):
+        raise SaexError(
+            f"{uri} could not be {action}: the store does not answer ({text.splitlines()[0][:160]}); "
+            "run the same command again when it does"
         )
     if action == "opened" and "NOT_FOUND" in text:
         raise SaexError(f"{uri} is missing or lacks its zarr.json; delete the stage's folder and run it again")

@@ -136,11 +136,9 @@ class Room:
             )
         folder.write(_ROOM, json.dumps({"max_bytes": max_bytes}).encode())
 
-    def wait(self, shard: int, check_stop: Callable[[], None]) -> None:
-        """Return once there is room for ``shard``."""
-        while shard >= freed_below(self._folder) + self._shards:
-            check_stop()
-            time.sleep(_POLL_SECONDS)
+    def has(self, shard: int) -> bool:
+        """Whether there is room for ``shard``."""
+        return shard < freed_below(self._folder) + self._shards
 
 
 def freed_below(folder: Folder) -> int:

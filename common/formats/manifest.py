@@ -31,7 +31,8 @@ from saex_pipe.common.metrics_log import MetricsLog
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 METRICS = "metrics.jsonl"
-_WORK = ("ledger/", "parts/", "state/")  # what the next run of the same stage goes on from
+_WORK = ("ledger/", "parts/", "state/", "claims/")  # what the next run of the same stage goes on from
+_PREPARED = (STARTED, METRICS, "store.json", "calibration.json")  # nothing is lost with these
 _TOOLS = ("saex-pipe", "jax", "jaxlib", "flax", "optax", "tensorstore", "zarr", "transformers", "gguf", "apache-beam")
 
 
@@ -129,9 +130,10 @@ class StageOutput:
         self.target = target  # where the output will be found
         self.fields = fields
         self.manifest: Manifest | None = None  # set when the output is finished
-        self.metrics = MetricsLog(
-            folder.local_path(), lambda data: folder.write(METRICS, data), lambda: folder.read(METRICS)
-        )
+        name = METRICS if config.worker_name is None else f"metrics-{config.worker_name}.jsonl"
+        local = folder.local_path()
+        file = None if local is None else local / name
+        self.metrics = MetricsLog(file, lambda data: folder.write(name, data), lambda: folder.read(name))
         self.resumed = folder.read(STARTED) is not None
         self._start = time.monotonic()
 
@@ -146,12 +148,8 @@ class StageOutput:
 
     def ledger(self) -> dict[int, dict[str, Any]]:
         """The entries of the shards finished so far, by shard number."""
-        entries = {}
-        for name in self.folder.list("ledger/"):
-            data = self.folder.read(name)
-            if data is not None:
-                entries[_shard_number(name)] = self._parsed_entry(name, data)
-        return entries
+        found = self.folder.read_many(self.folder.list("ledger/"))
+        return {_shard_number(name): self._parsed_entry(name, data) for name, data in found.items()}
 
     def _parsed_entry(self, name: str, data: bytes) -> dict[str, Any]:
         try:
@@ -262,13 +260,15 @@ def _beside(folder: Folder, role: str) -> Folder:
 
 def _is_worthless(output: StageOutput, error: BaseException) -> bool:
     """Whether a failed run left nothing to continue: bad input must not be in the way of good input later."""
+    if output.config.worker_name is not None:
+        return False  # others may be at work in the folder
     try:
         names = output.folder.list()
     except SaexError:
         return False
     if isinstance(error, InputError) and not output.resumed:
         return not any(name.startswith(_WORK) for name in names)
-    return all(name in (STARTED, METRICS) or name.rpartition("/")[2] == "zarr.json" for name in names)
+    return all(name in _PREPARED or name.rpartition("/")[2] == "zarr.json" for name in names)
 
 
 def _discard(folder: Folder) -> None:

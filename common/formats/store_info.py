@@ -32,6 +32,11 @@ def scales_array(tap: str) -> str:
     return f"scales/{tap}"
 
 
+def given_dtypes(dtypes: Mapping[str, str]) -> dict[str, np.dtype]:
+    """What a harvest hands to the writer, by tap: int8 is made of bfloat16, which is far more exact."""
+    return {tap: DTYPES["bfloat16" if dtype == "int8" else dtype] for tap, dtype in dtypes.items()}
+
+
 @dataclass(frozen=True)
 class StoreInfo:
     """The fixed part of the ``contents`` of a store's manifest."""
@@ -49,10 +54,6 @@ class StoreInfo:
     def decoded_dtype(self, tap: str) -> np.dtype:
         """What rows of ``tap`` are read as."""
         return DTYPES["float32" if self.dtypes[tap] == "int8" else self.dtypes[tap]]
-
-    def given_dtype(self, tap: str) -> np.dtype:
-        """What a harvest hands to the writer: int8 is made of bfloat16, which is as exact as what comes of it."""
-        return DTYPES["bfloat16" if self.dtypes[tap] == "int8" else self.dtypes[tap]]
 
     def row_bytes(self, tap: str) -> int:
         """Stored bytes of one row of ``tap``, its scale included."""

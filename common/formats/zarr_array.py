@@ -75,7 +75,7 @@ def create_array(folder: Folder, name: str, *, shape: tuple[int, ...], dtype: st
         "store_data_equal_to_fill_value": True,
     }
     try:
-        return ts.open(spec, open=True, create=True).result()
+        return ts.open(spec, open=True, create=True, context=ts.Context(folder.context)).result()
     except (ValueError, OSError) as error:
         explain_storage_error(error, f"{folder.uri}/{name}", "created")
 
@@ -89,7 +89,9 @@ def open_array(folder: Folder, name: str, *, cache_bytes: int = 16 << 20) -> Any
         "recheck_cached_data": "open",
     }
     try:
-        return ts.open(spec, open=True, context=ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})).result()
+        return ts.open(
+            spec, open=True, context=ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}} | folder.context)
+        ).result()
     except (ValueError, OSError) as error:
         explain_storage_error(error, f"{folder.uri}/{name}", "opened")
 

@@ -41,6 +41,7 @@ from harvest_models import QUICKSTART, Subject, write_gpt2_small, write_llama
 from harvest_peer import PeerError, PeerProcess, note
 from harvest_stage import stage_cases
 
+from saex_pipe.common.formats.store_info import DTYPES
 from saex_pipe.common.host_memory import keep_freed_memory
 from saex_pipe.common.llm.decoder import apply
 from saex_pipe.common.llm.load import load_model
@@ -156,7 +157,7 @@ def forward_cases(
     tap, dtype = subject.tap, model.dtype
     tokens_NL = np.random.default_rng(0).integers(0, model.architecture.vocabulary, shape, dtype=np.int32)
     assert model.mesh is not None
-    harvest = compile_forward(model, [tap], dtype, shape=shape, mesh=model.mesh)
+    harvest = compile_forward(model, {tap: DTYPES[dtype]}, shape=shape, mesh=model.mesh)
     to_tap = jax.jit(lambda model, tokens_NL: apply(model, tokens_NL, taps=[tap], logits=False).taps[tap])
     on_device = jax.device_put(tokens_NL, batch_sharding(model.mesh))
     wanted_NLD = np.asarray(to_tap(model, on_device)[:2])

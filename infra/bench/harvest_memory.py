@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from saex_pipe.common.formats.store_info import DTYPES
 from saex_pipe.common.llm.load import load_model
 from saex_pipe.common.mesh import make_mesh
 from saex_pipe.stages.harvest.forward import compile_forward
@@ -31,7 +32,7 @@ def main() -> None:
     folder, layers, dtype, length = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     mesh = make_mesh(devices=jax.local_devices())
     model = load_model(folder, last_layer=layers - 1, with_unembedding=False, dtype=dtype, mesh=mesh)
-    forward = compile_forward(model, [f"blocks.{layers}.resid_pre"], dtype, shape=(1, length), mesh=mesh)
+    forward = compile_forward(model, {f"blocks.{layers}.resid_pre": DTYPES[dtype]}, shape=(1, length), mesh=mesh)
     tokens_NL = np.random.default_rng(0).integers(0, model.architecture.vocabulary, (1, length), dtype=np.int32)
     Path("/proc/self/clear_refs").write_text("5")
     before = status_bytes("VmRSS")

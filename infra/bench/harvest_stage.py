@@ -11,6 +11,7 @@ import numpy as np
 from saex_pipe.common import resources
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.store_info import DTYPES
 from saex_pipe.common.llm.load import load_model
 from saex_pipe.common.mesh import make_mesh
 from saex_pipe.pipelines import chain
@@ -65,7 +66,7 @@ def forward_alone(config: Config) -> float:
         mesh=mesh,
     )
     shape = (config.batch_windows, 128)
-    forward = compile_forward(model, config.taps, config.store_dtype, shape=shape, mesh=mesh)
+    forward = compile_forward(model, dict.fromkeys(config.taps, DTYPES[config.store_dtype]), shape=shape, mesh=mesh)
     tokens_NL = np.random.default_rng(0).integers(0, model.architecture.vocabulary, shape, dtype=np.int32)
     jax.block_until_ready(forward(tokens_NL))
     start = time.perf_counter()

@@ -1,8 +1,15 @@
 """Settings of the harvest stage."""
 
-from typing import Annotated, ClassVar, Literal
+import platform
+import uuid
+from typing import Annotated, ClassVar, Literal, Self
+
+import pydantic
 
 from saex_pipe.common.config import Resource, StageConfig, Upstream, setting
+
+# Of this process among elastic workers: no other has it, and it says where to look.
+_NAME = f"{platform.node()}-{uuid.uuid4().hex[:12]}"
 
 
 class Config(StageConfig):
@@ -21,8 +28,11 @@ class Config(StageConfig):
         meaning="activations to store, such as blocks.15.resid_pre; * and {4,8} stand for several",
         min_length=1,
     )
-    store_dtype: Literal["float32", "bfloat16", "float16"] = setting(
+    store_dtype: Literal["float32", "bfloat16", "float16", "int8"] = setting(
         "bfloat16", unit="", meaning="type of the stored activations; float16 cannot hold values above 65,504"
+    )
+    tap_dtypes: tuple[str, ...] = setting(
+        (), unit="names", meaning="taps of another type, such as blocks.*.mlp_out=int8; later ones count"
     )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "bfloat16", unit="", meaning="type of weights and matmul inputs; sums are always float32"
@@ -47,3 +57,31 @@ class Config(StageConfig):
     )
     shard_windows: int | None = setting(None, unit="windows", meaning="windows in a shard; unset: about 64 MiB", ge=1)
     chunk_windows: int | None = setting(None, unit="windows", meaning="windows in a chunk; unset: about 1 MiB", ge=1)
+    worker: str | None = setting(
+        None,
+        unit="",
+        meaning="share of the shards to make: i/n counted from 0, auto (Kubernetes, SLURM), or jax (jax.distributed)",
+        affects_result=False,
+    )
+    elastic: bool = setting(
+        False, unit="", meaning="claim shards one by one, beside any number of other workers", affects_result=False
+    )
+    lease_seconds: float = setting(
+        120.0, unit="s", meaning="after which a claim that shows no life is taken over", affects_result=False, gt=0
+    )
+    max_store_bytes: int | None = setting(
+        None, unit="bytes", meaning="wait for followers to free shards beyond so many", affects_result=False, ge=1
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _one_way_to_share(self) -> Self:
+        if self.worker is not None and self.elastic:
+            raise ValueError("worker and elastic contradict each other; give one of the two")
+        return self
+
+    @property
+    def worker_name(self) -> str | None:
+        """Name of this process among several that write one store."""
+        if self.elastic:
+            return _NAME
+        return None if self.worker is None else self.worker.replace("/", "-of-")

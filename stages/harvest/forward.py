@@ -1,6 +1,6 @@
 """The forward pass of the harvest: tokens in, activations in the store's dtype and their norms out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -25,31 +25,33 @@ Forward = Callable[[Int32[np.ndarray, "N L"]], Harvested]
 
 
 def lower_forward(
-    model: LanguageModel, taps: Sequence[str], store_dtype: str, *, shape: tuple[int, int], mesh: Mesh
+    model: LanguageModel, dtypes: Mapping[str, np.dtype], *, shape: tuple[int, int], mesh: Mesh
 ) -> jax.stages.Lowered:
     """The forward pass for ``shape``, (windows, length), ready to compile; ``model`` may be one of shapes alone.
+
+    ``dtypes`` names the taps, and the type in which each one's activations are handed over.
 
     Windows are shared out over the data axis.
     """
     rows = batch_sharding(mesh)
 
     def harvest(model: LanguageModel, tokens_NL: Int32[Array, "N L"]) -> Harvested:
-        found = apply(model, tokens_NL, taps=taps, logits=False).taps
-        acts = {tap: acts_NLD.astype(store_dtype) for tap, acts_NLD in found.items()}
+        found = apply(model, tokens_NL, taps=list(dtypes), logits=False).taps
+        acts = {tap: acts_NLD.astype(dtypes[tap]) for tap, acts_NLD in found.items()}
         return Harvested(acts, {tap: jnp.linalg.norm(acts_NLD, axis=-1) for tap, acts_NLD in found.items()})
 
     return jax.jit(harvest, out_shardings=rows).lower(model, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows))
 
 
 def compile_forward(
-    model: LanguageModel, taps: Sequence[str], store_dtype: str, *, shape: tuple[int, int], mesh: Mesh
+    model: LanguageModel, dtypes: Mapping[str, np.dtype], *, shape: tuple[int, int], mesh: Mesh
 ) -> Forward:
     """Compile the forward pass.
 
     Returns:
         A function that queues one pass and returns at once. Fewer windows are padded; so is what comes out then.
     """
-    compiled = lower_forward(model, taps, store_dtype, shape=shape, mesh=mesh).compile()
+    compiled = lower_forward(model, dtypes, shape=shape, mesh=mesh).compile()
 
     def forward(tokens_NL: Int32[np.ndarray, "N L"]) -> Harvested:
         padded_NL = np.pad(tokens_NL, ((0, shape[0] - len(tokens_NL)), (0, 0)))

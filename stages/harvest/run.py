@@ -2,8 +2,10 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,22 +15,25 @@ from jaxtyping import Bool, Int32
 from saex_pipe.common import resources
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, finish_contents
-from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
-from saex_pipe.common.formats.row_policy import RowPolicy
+from saex_pipe.common.formats.followed_store import Room, freed_below
+from saex_pipe.common.formats.manifest import Manifest, stage_output
+from saex_pipe.common.formats.store_info import given_dtypes
 from saex_pipe.common.formats.tokens import TokenStore
 from saex_pipe.common.formats.zarr_array import Tiling
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.load import load_model, read_architecture
 from saex_pipe.common.mesh import check_batch, make_mesh
-from saex_pipe.common.metrics_log import Progress, progress
+from saex_pipe.common.metrics_log import MetricsLog, Progress, progress
 from saex_pipe.common.preemption import StopRequest, graceful_stop
+from saex_pipe.common.worker import Share, read_share
+from saex_pipe.stages.harvest.calibration import Calibration, calibrate, row_policy
 from saex_pipe.stages.harvest.config import Config
 from saex_pipe.stages.harvest.forward import Forward, compile_forward
 from saex_pipe.stages.harvest.overlap import DeviceClock, Passes, ahead
-from saex_pipe.stages.harvest.shard import Batch, Shard, copy_rows
-
-_CALIBRATION_WINDOWS = 64  # the median norm comes from the first windows, so every worker finds the same
+from saex_pipe.stages.harvest.shard import Batch, Shard
+from saex_pipe.stages.harvest.stored import stored_dtypes
+from saex_pipe.stages.harvest.work import ElasticWork, Work
 
 # What is under way while the device computes, and so how much memory it takes: the tokens of one shard beyond the
 # one in hand; two passes beyond the one whose result is awaited; and the activations of ``writers`` shards that are
@@ -46,15 +51,25 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         mesh = make_mesh(config.model_parallel, devices=jax.local_devices())
         path = resources.fetch(config.model)
         architecture = read_architecture(path)
-        taps = tap_names.expand(config.taps, architecture)
+        dtypes = stored_dtypes(config, architecture)
         _check(config, corpus, architecture, mesh)
-        last_layer = tap_names.last_layer(taps, architecture)
+        last_layer = tap_names.last_layer(tuple(dtypes), architecture)
         model = load_model(path, last_layer=last_layer, with_unembedding=False, dtype=config.compute_dtype, mesh=mesh)
         shape = (config.batch_windows, corpus.info.window_length)
-        forward = compile_forward(model, taps, config.store_dtype, shape=shape, mesh=mesh)
-        info = _store_info(config, corpus, architecture, taps, _row_policy(config, corpus, taps, forward))
-        timings = _harvest(config, corpus, forward, ActivationWriter(output.folder, info), output, stop)
+        forward = compile_forward(model, given_dtypes(dtypes), shape=shape, mesh=mesh)
+        calibration = calibrate(config, corpus, dtypes, forward, output.folder)
+        info = _store_info(config, corpus, architecture, dtypes, calibration)
+        writer = ActivationWriter(output.folder, info)
+        room = None if config.max_store_bytes is None else Room(output.folder, info, config.max_store_bytes)
+        share = Share(0, 1) if config.worker is None else read_share(config.worker)
+        work = Work(output, writer, share, room, stop)
+        if config.worker_name is not None and config.elastic:
+            work = ElasticWork(output, writer, config.worker_name, config.lease_seconds, room, stop)
+        timings = _harvest(config, corpus, forward, writer, work, output.metrics, stop)
+        work.raise_if_shared()
         contents = finish_contents(output.folder, info, output.ledger())
+        if room is not None:
+            contents["freed_below"] = freed_below(output.folder)
         return output.finish(contents=contents, totals=_totals(info, contents["rows"]), timings=timings)
 
 
@@ -63,27 +78,31 @@ def _harvest(
     corpus: TokenStore,
     forward: Forward,
     writer: ActivationWriter,
-    output: StageOutput,
+    work: Work,
+    metrics: MetricsLog,
     stop: StopRequest,
 ) -> dict[str, float]:
-    """Write the shards that are not in the ledger yet, and say how long the device had to wait meanwhile."""
+    """Write the shards that are this process's to make, and say how long the device had to wait meanwhile."""
     info = writer.info
-    finished = output.finished_shards()
-    shards = [(n, windows) for n, windows in enumerate(info.tiling.shards(info.windows)) if n not in finished]
-    total = info.windows * info.window_length
-    done = total - sum(len(windows) for _, windows in shards) * info.window_length
+    own = sum(len(work.shards[shard]) for shard in work.open_shards()) * info.window_length
+    total = sum(map(len, work.share.of(work.shards))) * info.window_length
     with (
         ThreadPoolExecutor(1) as reading,
         Passes(forward) as passes,
         ThreadPoolExecutor(config.writers) as writing,
-        progress("harvesting", total, "tokens", done=done, log=output.metrics) as bar,
+        work,
+        progress("harvesting", total, "tokens", done=total - own, log=metrics) as bar,
     ):
-        reads = ahead((reading.submit(_read, corpus, *shard) for shard in shards), _SHARDS_READ_AHEAD)
-        batches = (batch for read in reads for batch in Shard.empty(info, *read).batches(config.batch_windows))
-        fetched = ahead((passes.submit(batch) for batch in batches), _PASSES_AHEAD)
-        full = _full_shards(fetched, passes.clock, bar, stop)
-        written = ahead((writing.submit(_write, writer, output, shard) for shard in full), config.writers)
-        deque(written, maxlen=0)
+        while True:
+            shards = ((shard, work.shards[shard]) for shard in work.round())
+            reads = ahead((reading.submit(_read, corpus, *shard) for shard in shards), _SHARDS_READ_AHEAD)
+            batches = (batch for read in reads for batch in Shard.empty(info, *read).batches(config.batch_windows))
+            fetched = ahead((passes.submit(batch) for batch in batches), _PASSES_AHEAD)
+            full = _full_shards(fetched, passes.clock, bar, stop)
+            written = ahead((writing.submit(_write, writer, work, shard) for shard in full), config.writers)
+            deque(written, maxlen=0)
+            if not work.wait():
+                break
         waited, seconds = passes.clock.read()
     stop.raise_if_requested()
     return {
@@ -118,10 +137,17 @@ def _full_shards(fetched: Iterable[Batch], clock: DeviceClock, bar: Progress, st
                 return
 
 
-def _write(writer: ActivationWriter, output: StageOutput, shard: Shard) -> None:
+def _write(writer: ActivationWriter, work: Work, shard: Shard) -> None:
     """Write one shard and its ledger entry, in the background of later passes."""
-    keep_NL = writer.info.row_policy.keep(shard.tokens_NL, shard.padding_NL, shard.norms)
-    output.commit_shard(shard.number, writer.write_shard(shard.windows, shard.tokens_NL, keep_NL, shard.acts))
+    policy = writer.info.row_policy
+    keep_NL = policy.keep(shard.tokens_NL, shard.padding_NL, shard.norms)
+    rows_NL = replace(policy, norm_limits=None).keep(shard.tokens_NL, shard.padding_NL, {})
+
+    def write(over: Mapping[str, bytes] | None) -> dict[str, Any]:
+        outliers = int((rows_NL & ~keep_NL).sum())
+        return writer.write_shard(shard.windows, shard.tokens_NL, keep_NL, shard.acts, outliers=outliers, over=over)
+
+    work.write(shard.number, write)
 
 
 def _check(config: Config, corpus: TokenStore, architecture: Architecture, mesh: Mesh) -> None:
@@ -135,45 +161,27 @@ def _check(config: Config, corpus: TokenStore, architecture: Architecture, mesh:
         )
 
 
-def _row_policy(config: Config, corpus: TokenStore, taps: tuple[str, ...], forward: Forward) -> RowPolicy:
-    """The rule for rows; limits on the norm come from the median over the first windows' other rows."""
-    special = tuple(corpus.info.tokenizer["special_ids"]) if config.drop_special_tokens else ()
-    policy = RowPolicy(special, config.drop_positions)
-    if not config.drop_norm_multiple:
-        return policy
-    windows = range(min(_CALIBRATION_WINDOWS, corpus.info.train_windows))
-    tokens_NL = corpus.tokens(windows)
-    keep_NL = policy.keep(tokens_NL, corpus.documents(windows) < 0, {})
-    if not keep_NL.any():
-        raise InputError(
-            f"{config.tokens}: the first {len(windows)} windows have no row that the drop_* settings keep",
-            "drop fewer positions or give other text",
-        )
-    norms = {tap: np.empty(tokens_NL.shape, np.float32) for tap in taps}
-    for start in range(0, len(windows), config.batch_windows):
-        rows = slice(start, start + config.batch_windows)
-        found = forward(tokens_NL[rows]).norms
-        for tap in taps:
-            copy_rows(found[tap], norms[tap][rows])
-    limits = {tap: float(config.drop_norm_multiple * np.median(norms[tap][keep_NL])) for tap in taps}
-    return RowPolicy(special, config.drop_positions, limits)
-
-
 def _store_info(
-    config: Config, corpus: TokenStore, architecture: Architecture, taps: tuple[str, ...], policy: RowPolicy
+    config: Config,
+    corpus: TokenStore,
+    architecture: Architecture,
+    dtypes: Mapping[str, str],
+    calibration: Calibration,
 ) -> StoreInfo:
-    widths = {tap: tap_names.width(tap, architecture) for tap in taps}
-    window_bytes = corpus.info.window_length * max(widths.values()) * DTYPES[config.store_dtype].itemsize
+    widths = {tap: tap_names.width(tap, architecture) for tap in dtypes}
+    widest = max(width * DTYPES[dtypes[tap]].itemsize for tap, width in widths.items())
+    window_bytes = corpus.info.window_length * widest
     windows = corpus.info.train_windows  # held-out windows are never harvested, so never trained on
     return StoreInfo(
         windows=windows,
         train_windows=windows,
         window_length=corpus.info.window_length,
         taps=widths,
-        dtypes=dict.fromkeys(widths, config.store_dtype),
+        dtypes=dtypes,
         tiling=_tiling(config, window_bytes, windows),
-        row_policy=policy,
+        row_policy=replace(row_policy(config, corpus), norm_limits=calibration.norm_limits),
         source={"model": resources.absolute(config.model), "tokenizer": corpus.info.tokenizer},
+        channels=calibration.channels,
     )
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32
 
-from saex_pipe.common.formats.activations import StoreInfo
+from saex_pipe.common.formats.store_info import StoreInfo, given_dtypes
 from saex_pipe.stages.harvest.forward import Harvested, pieces
 
 
@@ -25,7 +25,8 @@ class Shard:
     @staticmethod
     def empty(info: StoreInfo, number: int, windows: range, tokens_NL: np.ndarray, padding_NL: np.ndarray) -> "Shard":
         """A shard of the store ``info`` before any pass."""
-        acts = {tap: np.empty((*tokens_NL.shape, width), info.given_dtype(tap)) for tap, width in info.taps.items()}
+        given = given_dtypes(info.dtypes)
+        acts = {tap: np.empty((*tokens_NL.shape, width), given[tap]) for tap, width in info.taps.items()}
         norms = {tap: np.empty(tokens_NL.shape, np.float32) for tap in info.taps}
         return Shard(number, windows, tokens_NL, padding_NL, acts, norms)
 

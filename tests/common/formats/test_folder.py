@@ -74,6 +74,16 @@ def test_a_file_in_the_way_is_named(tmp_path):
         Folder(str(tmp_path / "a")).write("x", b"1")
 
 
-def test_object_store_addresses_stay_as_they_are():
-    assert Folder("gs://bucket/run").kvstore_spec("acts/t") == "gs://bucket/run/acts/t/"
+def test_addresses_of_object_stores(monkeypatch):
+    monkeypatch.delenv("SAEX_S3_ENDPOINT", raising=False)
+    assert Folder("gs://bucket/run").kvstore_spec("acts/t") == {
+        "driver": "gcs",
+        "bucket": "bucket",
+        "path": "run/acts/t/",
+    }
+    assert Folder("s3://bucket").kvstore_spec() == {"driver": "s3", "bucket": "bucket", "path": ""}
     assert Folder("gs://bucket/run").local_path() is None
+    monkeypatch.setenv("SAEX_S3_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    found = Folder("s3://bucket/run").kvstore_spec()
+    assert (found["endpoint"], found["aws_region"]) == ("http://127.0.0.1:1", "eu-west-1")

@@ -121,21 +121,13 @@ def test_what_readers_have_freed_is_refused_to_those_who_come_late(tmp_path):
         read(follow(store.uri), 1)
 
 
-def test_a_writer_waits_for_room(tmp_path):
+def test_a_store_has_room_for_so_many_shards_beyond_the_freed_ones(tmp_path):
     store = SmallStore(tmp_path).start()
     assert not frees_shards(store.folder)
     room = Room(store.folder, store.info, 3 * store.info.shard_bytes + 5)
     assert frees_shards(store.folder)
-    looks = []
-
-    def look():
-        looks.append(freed_below(store.folder))
-        if len(looks) == 3:
-            store.folder.write("freed.json", json.dumps({"below": 1}).encode())
-
-    room.wait(2, look)
-    assert looks == []
-    room.wait(3, look)
-    assert looks == [0, 0, 0]
+    assert [room.has(shard) for shard in range(5)] == [True, True, True, False, False]
+    store.folder.write("freed.json", json.dumps({"below": 1}).encode())
+    assert [room.has(shard) for shard in range(5)] == [True, True, True, True, False]
     with pytest.raises(InputError, match=r"max_store_bytes = 1,500 does not hold two shards; raise it"):
         Room(store.folder, store.info, 1500)

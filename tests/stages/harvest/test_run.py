@@ -129,9 +129,9 @@ def test_patterns_of_taps_are_stored_under_the_names_that_they_stand_for(inputs,
 def test_the_share_of_time_that_the_device_waits_is_reported(inputs, tmp_path, monkeypatch, whole):
     write_shard = ActivationWriter.write_shard
 
-    def slow(*arguments):
+    def slow(*arguments, **settings):
         time.sleep(0.2)
-        return write_shard(*arguments)
+        return write_shard(*arguments, **settings)
 
     timings = whole[1].timings
     assert 0 < timings["device_waiting_seconds"] < timings["loop_seconds"] < timings["seconds"]
@@ -180,10 +180,10 @@ def test_shards_in_memory_are_bounded(inputs, tmp_path, monkeypatch):
         most.append(len(held))
         return empty(info, number, *rest)
 
-    def slow_write(writer, windows, *rest):
+    def slow_write(writer, windows, *rest, **settings):
         time.sleep(0.2)
         held.remove(windows.start // 16)
-        return write_shard(writer, windows, *rest)
+        return write_shard(writer, windows, *rest, **settings)
 
     monkeypatch.setattr(Shard, "empty", staticmethod(counted_empty))
     monkeypatch.setattr(ActivationWriter, "write_shard", slow_write)
@@ -199,15 +199,15 @@ class Interrupted(BaseException):
 def test_an_interrupted_harvest_goes_on_to_the_same_bytes(inputs, tmp_path, monkeypatch, whole):
     write_shard, written = ActivationWriter.write_shard, []
 
-    def failing(writer, windows, *rest):
+    def failing(writer, windows, *rest, **settings):
         if len(written) == 2:
             raise Interrupted
         written.append(windows)
-        return write_shard(writer, windows, *rest)
+        return write_shard(writer, windows, *rest, **settings)
 
-    def recorded(writer, windows, *rest):
+    def recorded(writer, windows, *rest, **settings):
         written.append(windows)
-        return write_shard(writer, windows, *rest)
+        return write_shard(writer, windows, *rest, **settings)
 
     monkeypatch.setattr(ActivationWriter, "write_shard", failing)
     with pytest.raises(Interrupted):

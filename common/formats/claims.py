@@ -1,0 +1,115 @@
+"""Shards shared out among workers that come and go, by compare-and-swap on one object a shard.
+
+``claims/N.json`` is absent, then ``{"worker", "lease_seconds", "beat"}``, in the end ``{"finished": ledger entry}``.
+A worker that claims a shard moves the beat on; a claim whose object stays the same for its lease, by the clock of
+whoever looks, has expired and may be taken over. Nobody compares clocks: they decide how long to wait, never who is
+right. Right is who swaps the claim to ``finished``, and only its holder can; a holder whose claim was taken over finds
+out when its swap fails. The shard's data are written on the condition that nobody has written them since the claim was
+won, so that a late writer cannot touch what a later holder has committed.
+"""
+
+import json
+import threading
+import time
+from typing import Any, Self
+
+from saex_pipe.common.errors import SaexError
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.manifest import commit_shard
+
+_BEATS_PER_LEASE = 3
+
+
+class Claims:
+    """The claims of one worker on the shards of ``folder``; in a ``with`` block a thread keeps them alive.
+
+    ``worker`` must be a name that no other process has.
+    """
+
+    def __init__(self, folder: Folder, worker: str, lease_seconds: float) -> None:
+        self._folder = folder
+        self._worker = worker
+        self._lease_seconds = lease_seconds
+        self._held: dict[int, bytes] = {}  # shard to the generation of its claim
+        self._beat = 0
+        self._others: dict[int, tuple[bytes, float]] = {}  # generation, and when it was first seen
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+
+    def claim(self, shard: int) -> bool:
+        """Whether ``shard`` is this worker's now."""
+        found = self._folder.read_stamped(_name(shard))
+        state: dict[str, Any] = {} if found.data is None else json.loads(found.data)
+        if "finished" in state:
+            commit_shard(self._folder, shard, state["finished"])  # again, should its worker have died before
+            return False
+        if state.get("worker") is not None and not self._has_expired(shard, found.generation, state["lease_seconds"]):
+            return False
+        with self._lock:
+            generation = self._folder.write_if(_name(shard), self._body(), found.generation)
+            if generation is not None:
+                self._held[shard] = generation
+        return generation is not None
+
+    def holds(self, shard: int) -> bool:
+        """Whether, as far as this worker knows, the shard is still its own."""
+        return shard in self._held
+
+    def commit(self, shard: int, entry: dict[str, Any]) -> bool:
+        """Record ``shard`` as finished. False where another worker has taken it over: then nothing has changed."""
+        with self._lock:
+            generation = self._held.pop(shard, None)
+            finished = json.dumps({"finished": entry}, sort_keys=True).encode()
+            if generation is None or self._folder.write_if(_name(shard), finished, generation) is None:
+                return False
+        commit_shard(self._folder, shard, entry)
+        return True
+
+    def renew(self) -> None:
+        """Move the beat of every claim on; those that another worker has taken over are held no more."""
+        for shard in list(self._held):
+            with self._lock:
+                if shard not in self._held:
+                    continue
+                generation = self._folder.write_if(_name(shard), self._body(), self._held[shard])
+                if generation is None:
+                    del self._held[shard]
+                else:
+                    self._held[shard] = generation
+
+    def _has_expired(self, shard: int, generation: bytes, lease_seconds: float) -> bool:
+        now = time.monotonic()
+        seen, since = self._others.get(shard, (b"", now))
+        if seen != generation:
+            self._others[shard] = generation, now
+            return False
+        return now - since >= lease_seconds
+
+    def _body(self) -> bytes:
+        self._beat += 1
+        state = {"worker": self._worker, "lease_seconds": self._lease_seconds, "beat": self._beat}
+        return json.dumps(state, sort_keys=True).encode()
+
+    def _keep(self) -> None:
+        while not self._done.wait(self._lease_seconds / _BEATS_PER_LEASE):
+            try:
+                self.renew()
+            except SaexError:
+                continue  # a store that does not answer now may do so before the lease is over
+
+    def __enter__(self) -> Self:
+        self._keeper.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give back what was claimed and not finished."""
+        self._done.set()
+        self._keeper.join()
+        for shard, generation in self._held.items():
+            self._folder.write_if(_name(shard), json.dumps({"worker": None}).encode(), generation)
+        self._held.clear()
+
+
+def _name(shard: int) -> str:
+    return f"claims/{shard:06d}.json"

@@ -1,0 +1,115 @@
+"""Which shards this process makes: all, a fixed share of them, or those that no other worker holds at the moment."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Self
+
+from saex_pipe.common.errors import ShareDone
+from saex_pipe.common.formats.activations import ActivationWriter, Overtaken
+from saex_pipe.common.formats.claims import Claims
+from saex_pipe.common.formats.followed_store import Room
+from saex_pipe.common.formats.manifest import StageOutput
+from saex_pipe.common.preemption import StopRequest
+from saex_pipe.common.worker import Share
+
+_POLL_SECONDS = 2.0
+
+Write = Callable[[Mapping[str, bytes] | None], dict[str, Any]]  # objects it may replace -> ledger entry
+
+
+class Work(AbstractContextManager["Work"]):
+    """The shards of this process, in rounds: a round ends where there is nothing to begin before others have moved on.
+
+    Nothing is waited for within a round, since what others wait for may still be under way in it.
+    """
+
+    def __init__(
+        self, output: StageOutput, writer: ActivationWriter, share: Share, room: Room | None, stop: StopRequest
+    ) -> None:
+        self.shards = writer.info.tiling.shards(writer.info.windows)
+        self._output, self._writer, self._room, self._stop = output, writer, room, stop
+        self._mine = share.of(range(len(self.shards)))
+        self.share = share
+
+    def open_shards(self) -> list[int]:
+        """Shards of this process that are not finished, by the ledger."""
+        finished = self._output.finished_shards()
+        return [shard for shard in self._mine if shard not in finished]
+
+    def round(self) -> Iterator[int]:
+        """Shards to make now, in ascending order."""
+        for shard in self.open_shards():
+            if self._room is not None and not self._room.has(shard):
+                return
+            yield shard
+
+    def write(self, shard: int, write: Write) -> None:
+        """Write a shard with ``write``, and its ledger entry."""
+        self._output.commit_shard(shard, write(None))
+
+    def wait(self) -> bool:
+        """Whether there is another round, once there may be something to do in it."""
+        if self._stop.requested or not self.open_shards():
+            return False
+        self._stop.raise_if_requested()
+        time.sleep(_POLL_SECONDS)
+        return True
+
+    def raise_if_shared(self) -> None:
+        """Raise ``ShareDone`` where others still have shards to make."""
+        finished = len(self._output.finished_shards())
+        if finished < len(self.shards):
+            raise ShareDone(
+                f"worker {self.share.index}/{self.share.count}: its {len(self._mine)} shards are done; "
+                f"{finished} of {len(self.shards)} are in all"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is held."""
+
+
+class ElasticWork(Work):
+    """The shards that no other worker holds; every worker is done when all shards are."""
+
+    def __init__(
+        self,
+        output: StageOutput,
+        writer: ActivationWriter,
+        worker: str,
+        lease_seconds: float,
+        room: Room | None,
+        stop: StopRequest,
+    ) -> None:
+        super().__init__(output, writer, Share(0, 1), room, stop)
+        self._claims = Claims(output.folder, worker, lease_seconds)
+        self._before: dict[int, Mapping[str, bytes]] = {}  # objects of a shard as they were when it was claimed
+        self._open = ExitStack()
+
+    def round(self) -> Iterator[int]:
+        """Shards to make now, each claimed first."""
+        for shard in super().round():
+            if not self._claims.holds(shard) and self._claims.claim(shard):
+                self._before[shard] = self._writer.generations(self.shards[shard])
+                yield shard
+
+    def write(self, shard: int, write: Write) -> None:
+        """Write a shard while it is this worker's; one that was taken over is left to who has it."""
+        while self._claims.holds(shard):
+            try:
+                entry = write(self._before[shard])
+            except Overtaken:  # by who held it before
+                self._before[shard] = self._writer.generations(self.shards[shard])
+                continue
+            self._claims.commit(shard, entry)
+            return
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(self._claims)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
