@@ -105,13 +105,46 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
 for _stage, _summary in {
     "corpus": "Text to windows of token ids.",
     "toy": "Synthetic activations with a known dictionary.",
-    "harvest": "Token windows through a language model to an activation store.",
-    "train": "Activation store to a sparse autoencoder.",
     "evaluate": "Scores of a sparse autoencoder.",
     "cache": "Activation store and autoencoder to what is known about each feature.",
     "view": "Feature cache to a page, or a local server (--set serve=true).",
 }.items():
     app.command(_stage)(_stage_command(_stage, _summary))
+
+
+@app.command()
+def harvest(
+    recipe: _OptionalRecipe = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="i/n|auto|jax", help="Make every n-th shard, beside n - 1 others; auto: Kubernetes, SLURM."
+        ),
+    ] = None,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Claim shards one by one, beside any number of others.")
+    ] = False,
+    set_: _Set = None,
+    out: _Out = None,
+    force: _Force = False,
+) -> None:
+    """Token windows through a language model to an activation store."""
+    shared = [f'worker="{worker}"'] if worker is not None else []
+    _stage_command("harvest", "")(recipe, [*(set_ or []), *shared, *["elastic=true"] * elastic], out, force)
+
+
+@app.command()
+def train(
+    recipe: _OptionalRecipe = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Start while the store is still being written, from its finished shards.")
+    ] = False,
+    set_: _Set = None,
+    out: _Out = None,
+    force: _Force = False,
+) -> None:
+    """Activation store to a sparse autoencoder."""
+    _stage_command("train", "")(recipe, [*(set_ or []), *["follow=true"] * follow], out, force)
 
 
 @app.command()

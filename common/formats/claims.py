@@ -4,8 +4,9 @@
 A worker that claims a shard moves the beat on; a claim whose object stays the same for its lease, by the clock of
 whoever looks, has expired and may be taken over. Nobody compares clocks: they decide how long to wait, never who is
 right. Right is who swaps the claim to ``finished``, and only its holder can; a holder whose claim was taken over finds
-out when its swap fails. The shard's data are written on the condition that nobody has written them since the claim was
-won, so that a late writer cannot touch what a later holder has committed.
+out when its swap fails. The shard's data are written on the condition that they are still what they were at a moment
+from which on the claim is known to have been the writer's own (``confirm``): whoever takes the claim over later
+writes them anew, so that a late writer cannot touch what a later holder has committed.
 """
 
 import json
@@ -69,14 +70,19 @@ class Claims:
     def renew(self) -> None:
         """Move the beat of every claim on; those that another worker has taken over are held no more."""
         for shard in list(self._held):
-            with self._lock:
-                if shard not in self._held:
-                    continue
-                generation = self._folder.write_if(_name(shard), self._body(), self._held[shard])
-                if generation is None:
-                    del self._held[shard]
-                else:
-                    self._held[shard] = generation
+            self.confirm(shard)
+
+    def confirm(self, shard: int) -> bool:
+        """Whether the shard is this worker's and was so all the time since it was claimed; moves its beat on."""
+        with self._lock:
+            if shard not in self._held:
+                return False
+            generation = self._folder.write_if(_name(shard), self._body(), self._held[shard])
+            if generation is None:
+                del self._held[shard]
+            else:
+                self._held[shard] = generation
+        return generation is not None
 
     def _has_expired(self, shard: int, generation: bytes, lease_seconds: float) -> bool:
         now = time.monotonic()

@@ -15,8 +15,10 @@ def stored_dtypes(config: Config, architecture: Architecture) -> dict[str, str]:
         pattern, _, dtype = text.partition("=")
         if dtype not in DTYPES:
             raise InputError(f"harvest.tap_dtypes has {text!r}", f"write PATTERN=DTYPE with one of {', '.join(DTYPES)}")
-        for tap in tap_names.expand((pattern,), architecture):
-            if tap not in found:
-                raise InputError(f"harvest.tap_dtypes names {tap}", f"harvest.taps holds {', '.join(taps)}")
-            found[tap] = dtype
+        named = [tap for tap in tap_names.expand((pattern,), architecture) if tap in found]
+        if not named:
+            raise InputError(
+                f"harvest.tap_dtypes has {text!r}, which is none of the taps", f"harvest.taps holds {', '.join(taps)}"
+            )
+        found |= dict.fromkeys(named, dtype)
     return found

@@ -86,14 +86,13 @@ class ElasticWork(Work):
     ) -> None:
         super().__init__(output, writer, Share(0, 1), room, stop)
         self._claims = Claims(output.folder, worker, lease_seconds)
-        self._before: dict[int, Mapping[str, bytes]] = {}  # objects of a shard as they were when it was claimed
+        self._before: dict[int, Mapping[str, bytes]] = {}  # objects of a shard as they were while it was this worker's
         self._open = ExitStack()
 
     def round(self) -> Iterator[int]:
         """Shards to make now, each claimed first."""
         for shard in super().round():
-            if not self._claims.holds(shard) and self._claims.claim(shard):
-                self._before[shard] = self._writer.generations(self.shards[shard])
+            if not self._claims.holds(shard) and self._claims.claim(shard) and self._take(shard):
                 yield shard
 
     def write(self, shard: int, write: Write) -> None:
@@ -101,11 +100,16 @@ class ElasticWork(Work):
         while self._claims.holds(shard):
             try:
                 entry = write(self._before[shard])
-            except Overtaken:  # by who held it before
-                self._before[shard] = self._writer.generations(self.shards[shard])
+            except Overtaken:  # by who held it before, or by who has it now
+                self._take(shard)
                 continue
             self._claims.commit(shard, entry)
             return
+
+    def _take(self, shard: int) -> bool:
+        """Note what the shard's objects are; the claim is confirmed afterwards, so that they are no later holder's."""
+        self._before[shard] = self._writer.generations(self.shards[shard])
+        return self._claims.confirm(shard)
 
     def __enter__(self) -> Self:
         self._open.enter_context(self._claims)
