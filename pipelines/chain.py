@@ -19,6 +19,7 @@ from saex_pipe.common.formats.manifest import Manifest, fingerprint, finished_ou
 
 # In the order in which they can run. The configuration is light to import; what runs it is not.
 STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
+_ALONE = ("copy",)  # has settings, but no place in a chain
 _RECIPES = files("saex_pipe.pipelines.recipes")
 
 
@@ -95,9 +96,13 @@ def require_stage(stage: Any) -> str:
     return stage
 
 
+def _known(stage: str) -> str:
+    return stage if stage in _ALONE else require_stage(stage)
+
+
 def config_class(stage: str) -> type[StageConfig]:
     """The configuration class of a stage."""
-    config: type[StageConfig] = importlib.import_module(f"saex_pipe.stages.{require_stage(stage)}.config").Config
+    config: type[StageConfig] = importlib.import_module(f"saex_pipe.stages.{_known(stage)}.config").Config
     return config
 
 

@@ -13,6 +13,7 @@ import typer
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.host_memory import keep_freed_memory
 from saex_pipe.common.preemption import graceful_stop
+from saex_pipe.pipelines.store_cli import app as store_app
 
 if TYPE_CHECKING:
     from saex_pipe.pipelines.chain import Recipe
@@ -192,6 +193,9 @@ def plan(
     from saex_pipe.pipelines.plan import run_plan
 
     run_plan(stage, recipe, topology, set_ or [], as_json, model=model, model_parallel=model_parallel)
+
+
+app.add_typer(store_app, name="store")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from saex_pipe.common.formats.store_info import DTYPES, KEEP, STORE, TOKENS, Sto
 from saex_pipe.common.formats.zarr_array import create_array, create_groups
 from saex_pipe.common.shuffle import RowOrder
 
-WRITERS = ("harvest", "toy")
+WRITERS = ("harvest", "toy", "copy")
 CALIBRATION = "calibration.json"  # what the first windows decided for the whole store
 SCHEMA_VERSION = 2  # 1 had one dtype, no checksum of each chunk, and its index inside the manifest
 

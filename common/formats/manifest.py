@@ -246,10 +246,10 @@ def finished_output(config: StageConfig) -> Manifest | None:
 
 
 def _staging(config: StageConfig) -> Folder:
-    return _beside(Folder(config.out), "saex-new")
+    return beside(Folder(config.out), "saex-new")
 
 
-def _beside(folder: Folder, role: str) -> Folder:
+def beside(folder: Folder, role: str) -> Folder:
     """A folder of a name that nobody else gives, in the parent of ``folder``."""
     local = folder.local_path()
     if local is not None:
@@ -321,7 +321,7 @@ def _settle_replacement(staging: Folder, target: Folder, digest: str) -> None:
 
 def _grave(target: Folder) -> Path | None:
     """Where the old output lies while the new one takes its place on a local disk."""
-    return _beside(target, "saex-old").local_path()
+    return beside(target, "saex-old").local_path()
 
 
 def _replace(staging: Folder, target: Folder) -> None:

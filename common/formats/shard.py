@@ -65,20 +65,30 @@ class ArrayLayout:
         size = self.tiling.chunk_windows
         return range(chunk * size, min((chunk + 1) * size, self.shape[0]))
 
+    @property
+    def stored_chunk_bytes(self) -> int:
+        """Of a chunk with its checksum."""
+        return self.chunk_bytes + CHECKSUM_BYTES
+
+    def index(self, chunks: int) -> bytes:
+        """The end of a shard with so many chunks: where each one lies, and the checksum of that."""
+        index = np.full(self.tiling.chunks_per_shard, np.array((_ABSENT, _ABSENT), _INDEX_ENTRY))
+        index["offset"][:chunks] = np.arange(chunks) * self.stored_chunk_bytes
+        index["size"][:chunks] = self.stored_chunk_bytes
+        found = index.tobytes()
+        return found + np.array(google_crc32c.value(found), "<u4").tobytes()
+
     def place(self, chunk: int) -> ChunkPlace:
         """Where ``chunk`` lies."""
         shard, number = divmod(chunk, self.tiling.chunks_per_shard)
-        size = self.chunk_bytes + CHECKSUM_BYTES
+        size = self.stored_chunk_bytes
         return ChunkPlace(self.shard_object(shard), slice(number * size, (number + 1) * size))
 
     def encode(self, values: Shaped[np.ndarray, "windows ..."]) -> EncodedShard:
         """The object of one shard whose windows are ``values``."""
         chunks = -(-len(values) // self.tiling.chunk_windows)
-        size = self.chunk_bytes + CHECKSUM_BYTES
-        index = np.full(self.tiling.chunks_per_shard, np.array((_ABSENT, _ABSENT), _INDEX_ENTRY))
-        index["offset"][:chunks] = np.arange(chunks) * size
-        index["size"][:chunks] = size
-        data = bytearray(chunks * size + index.nbytes + CHECKSUM_BYTES)
+        size, index = self.stored_chunk_bytes, self.index(chunks)
+        data = bytearray(chunks * size + len(index))
         checksums = np.empty(chunks, "<u4")
         flat = np.frombuffer(data, np.uint8)
         for chunk in range(chunks):
@@ -88,8 +98,7 @@ class ArrayLayout:
             place = chunk * size
             flat[place : place + self.chunk_bytes] = np.frombuffer(body, np.uint8)
             data[place + self.chunk_bytes : place + size] = checksums[chunk].tobytes()
-        tail = index.tobytes()
-        data[chunks * size :] = tail + np.array(google_crc32c.value(tail), "<u4").tobytes()
+        data[chunks * size :] = index
         return EncodedShard(data, checksums.astype(np.uint32))
 
     def decode(self, chunk: int, data: bytes, checksum: int) -> Shaped[np.ndarray, "windows ..."]:
@@ -109,8 +118,8 @@ class ArrayLayout:
 
     def trouble(self, data: bytes, checksum: int) -> str | None:
         """What is wrong with the bytes of a chunk, None where nothing is."""
-        if len(data) != self.chunk_bytes + CHECKSUM_BYTES:
-            return f"cut off before the end of its {self.chunk_bytes + CHECKSUM_BYTES:,} bytes"
+        if len(data) != self.stored_chunk_bytes:
+            return f"cut off before the end of its {self.stored_chunk_bytes:,} bytes"
         if google_crc32c.value(data) != _RESIDUE:
             return "damaged: its checksum does not fit"
         if int.from_bytes(data[-CHECKSUM_BYTES:], "little") != checksum:

@@ -1,0 +1,278 @@
+"""``saex-pipe store``: what it says of a store, finds wrong with it, copies, and mends."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+
+from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.formats.activations import ActivationStore
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.pipelines import cli
+from saex_pipe.stages.corpus import run as corpus
+from saex_pipe.stages.corpus.config import Config as CorpusConfig
+from saex_pipe.stages.harvest import run as harvest
+from saex_pipe.stages.harvest.config import Config
+
+TAP = tiny_run.TAP
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A corpus and a store of five shards of two chunks each."""
+    place = tmp_path_factory.mktemp("store")
+    model = tiny_run.write_model(place / "model")
+    source = tiny_run.write_corpus(place / "text.jsonl.gz")
+    sizes = {"window_length": 32, "max_tokens": 40 * 32, "holdout_fraction": 0.0}
+    own = {"source": [str(source)], "tokenizer": str(model), "out": str(place / "corpus")}
+    corpus.run(CorpusConfig.create(own | sizes))
+    settings = {"model": str(model), "tokens": str(place / "corpus"), "taps": [TAP], "compute_dtype": "float32"}
+    cut = {"batch_windows": 8, "shard_windows": 8, "chunk_windows": 4, "out": str(place / "whole")}
+    harvest.run(Config.create(settings | cut))
+    return place
+
+
+@pytest.fixture
+def store(place, tmp_path):
+    """A copy of the folder, to be spoilt."""
+    shutil.copytree(place / "whole", tmp_path / "store")
+    return tmp_path / "store"
+
+
+def run(*arguments):
+    cli.app(["store", *map(str, arguments)], standalone_mode=False)
+
+
+def shard(store, number, array=f"acts/{TAP}"):
+    return store / array / "c" / str(number) / "/".join("0" * (2 if array.startswith("acts") else 1))
+
+
+def files_of(store):
+    skipped = ("manifest.json", "metrics.jsonl")
+    return {name: (store / name).read_bytes() for name in Folder(str(store)).list() if name not in skipped}
+
+
+def flip(store):
+    data = bytearray(shard(store, 1).read_bytes())
+    data[3000] ^= 4
+    shard(store, 1).write_bytes(data)
+
+
+def truncate(store):
+    shard(store, 2).write_bytes(shard(store, 2).read_bytes()[:-200])
+
+
+def remove(store):
+    shard(store, 3, "tokens").unlink()
+
+
+def swap(store):
+    one, other = shard(store, 0).read_bytes(), shard(store, 4).read_bytes()
+    shard(store, 0).write_bytes(other)
+    shard(store, 4).write_bytes(one)
+
+
+def swap_chunks(store):
+    data = bytearray(shard(store, 1).read_bytes())
+    size = 4 * 32 * tiny_run.WIDTH * 2 + 4
+    data[:size], data[size : 2 * size] = data[size : 2 * size], data[:size]
+    shard(store, 1).write_bytes(data)
+
+
+def spoil_index(store):
+    data = bytearray(shard(store, 1, "keep").read_bytes())
+    data[-6] ^= 1
+    shard(store, 1, "keep").write_bytes(data)
+
+
+def lose_entry(store):
+    (store / "ledger" / "000002.json").unlink()
+
+
+def spoil_metadata(store):
+    path = store / "keep" / "zarr.json"
+    path.write_text(path.read_text().replace('"shape":[40,32]', '"shape":[41,32]'))
+
+
+FAULTS = {
+    flip: [f"acts/{TAP} shard 1: windows 8 to 11: damaged: its checksum does not fit"],
+    truncate: [f"acts/{TAP} shard 2: windows 20 to 23: cut off before the end of its 8,196 bytes"],
+    remove: ["tokens shard 3: missing"],
+    swap: [
+        f"acts/{TAP} shard {n}: windows {8 * n + 4 * c} to {8 * n + 4 * c + 3}: not what was written there"
+        for n in (0, 4)
+        for c in (0, 1)
+    ],
+    swap_chunks: [f"acts/{TAP} shard 1: windows {a} to {a + 3}: not what was written there" for a in (8, 12)],
+    spoil_index: ["keep shard 1: its index is not that of its chunks"],
+    lose_entry: ["ledger shard 2: has no entry"],
+    spoil_metadata: ["keep: its zarr.json does not describe the array in the manifest"],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_verify_names_exactly_what_is_wrong_and_repair_mends_it(place, store, fault, capsys):
+    fault(store)
+    assert files_of(store) != files_of(place / "whole")
+    with pytest.raises(SaexError, match="things are wrong; 'saex-pipe store repair"):
+        run("verify", store)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(FAULTS[fault])
+    for line, expected in zip(sorted(lines), sorted(FAULTS[fault]), strict=True):
+        assert line.startswith(expected)
+    run("repair", store)
+    assert files_of(store) == files_of(place / "whole")
+    capsys.readouterr()
+    run("verify", store)
+    assert "all 5 shards are as they were written" in capsys.readouterr().out
+
+
+def test_repair_makes_only_the_bad_shards(store, monkeypatch):
+    from saex_pipe.common.formats.activations import ActivationWriter
+
+    made, write = [], ActivationWriter.write_shard
+
+    def counted(writer, windows, *rest, **settings):
+        made.append(windows.start // 8)
+        return write(writer, windows, *rest, **settings)
+
+    monkeypatch.setattr(ActivationWriter, "write_shard", counted)
+    swap(store)
+    run("repair", store)
+    assert sorted(made) == [0, 4]
+
+
+class DiedError(BaseException):
+    """Stands in for the end of the process."""
+
+
+def test_a_repair_that_is_interrupted_anywhere_can_be_finished(place, store, tmp_path, monkeypatch, capsys):
+    delete = Folder.delete
+    for survives in range(6):
+        spoilt = tmp_path / f"spoilt-{survives}"
+        shutil.copytree(store, spoilt)
+        swap(spoilt)
+        left = [survives]
+
+        def dying(folder, name="", left=left):
+            if left[0] == 0:
+                raise DiedError
+            left[0] -= 1
+            delete(folder, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "delete", dying)
+            try:
+                run("repair", spoilt)
+            except DiedError:
+                pass
+            else:
+                assert survives == 5
+        if (spoilt / "manifest.json").exists():
+            run("repair", spoilt)
+        else:
+            config = json.loads((place / "whole" / "manifest.json").read_text())["config"]
+            harvest.run(Config.create(config | {"out": str(spoilt)}))
+        assert files_of(spoilt) == files_of(place / "whole")
+
+
+def test_a_store_whose_inputs_have_changed_is_not_repaired(store):
+    path = store / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"digest": "another"}))
+    flip(store)
+    before = files_of(store)
+    with pytest.raises(InputError, match="was made of other inputs than there are now"):
+        run("repair", store)
+    assert files_of(store) == before
+
+
+def test_info_says_what_is_in_a_store(store, capsys):
+    run("info", store, "--json", "--price-per-gb-month", "1000000")
+    facts = json.loads(capsys.readouterr().out)
+    size = 40 * 32 * tiny_run.WIDTH * 2
+    assert (facts["bytes"], facts["shards"], facts["tokens"]) == (size, 5, 1280)
+    assert facts["cost_per_month"] == pytest.approx(size * 1e-3, abs=0.01)
+    assert facts["taps"] == {TAP: f"{tiny_run.WIDTH} x bfloat16"}
+    assert facts["rows"] == ActivationStore(str(store)).rows
+    run("info", store)
+    assert "finished" in capsys.readouterr().out
+
+
+def test_info_of_an_unfinished_store_says_who_is_at_work(store, capsys):
+    (store / "manifest.json").unlink()
+    (store / "ledger" / "000004.json").unlink()
+    Folder(str(store)).write("claims/000004.json", json.dumps({"worker": "w", "beat": 3}).encode())
+    run("info", store, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["state"], facts["claims"]) == ("4 of 5 shards", {"000004": "w"})
+
+
+def test_stats_are_those_of_the_rows(store, capsys):
+    run("stats", store, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    opened = ActivationStore(str(store))
+    rows_BD = opened.acts(TAP, range(40))[opened.keep(range(40))].astype(np.float64)
+    norms = np.linalg.norm(rows_BD, axis=1)
+    assert facts["rows"] == len(rows_BD)
+    assert facts["root_mean_square_norm"] == pytest.approx(np.sqrt(np.square(norms).mean()), rel=1e-3)
+    assert facts["norm_50_percent"] == pytest.approx(np.median(norms), rel=0.05)
+    run("stats", store)
+    assert "mean to spread" in capsys.readouterr().out
+
+
+def test_sample_shows_rows_with_their_text(store, capsys):
+    run("sample", store, "--rows", "3", "--seed", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all("[" in line and "norm" in line and line.startswith("window ") for line in lines)
+
+
+def test_a_copy_of_the_same_shape_is_the_same_to_the_byte(store, tmp_path):
+    run("copy", store, tmp_path / "copy")
+    names = [name for name in files_of(store) if "/c/" in name]
+    assert len(names) == 15
+    for name in names:
+        assert (tmp_path / "copy" / name).read_bytes() == (store / name).read_bytes(), name
+    found, original = ActivationStore(str(tmp_path / "copy")), ActivationStore(str(store))
+    assert found.manifest.contents["statistics"] == original.manifest.contents["statistics"]
+
+
+def test_a_copy_may_have_another_type_and_another_cut(store, tmp_path):
+    cut = ["--set", "dtype=int8", "--set", "windows=30", "--set", "shard_windows=12", "--set", "chunk_windows=3"]
+    run("copy", store, tmp_path / "copy", *cut)
+    found, original = ActivationStore(str(tmp_path / "copy")), ActivationStore(str(store))
+    assert found.info.tiling.shards(30) == [range(0, 12), range(12, 24), range(24, 30)]
+    exact, stored = (opened.acts(TAP, range(30)).astype(np.float64) for opened in (original, found))
+    keep_NL = original.keep(range(30))
+    rows_BD = exact[keep_NL]
+    error = np.square(stored[keep_NL] - rows_BD).sum() / np.square(rows_BD - rows_BD.mean(axis=0)).sum()
+    assert 0 < error < 1e-4
+    assert found.manifest.contents["added_error"][TAP] == pytest.approx(error, rel=1e-3)
+    np.testing.assert_array_equal(found.tokens(range(30)), original.tokens(range(30)))
+
+
+def test_prune_deletes_what_nothing_needs_and_only_when_told(store, capsys):
+    folder, before = Folder(str(store)), files_of(store)
+    folder.write("claims/000001.json", b"{}")
+    folder.write(f"acts/{TAP}/c/9/0/0", b"123")
+    lock = shard(store, 1).with_name("0.__lock")
+    lock.write_bytes(b"12345")
+    Folder(str(store.with_name(".store.saex-new"))).write("x", b"1")
+    run("prune", store)
+    assert "4 objects of 11 bytes; nothing is deleted without --yes" in capsys.readouterr().out
+    assert files_of(store) != before
+    run("prune", store, "--yes")
+    assert files_of(store) == before
+    assert not lock.exists()
+    assert not Path(store.with_name(".store.saex-new"), "x").exists()
+
+
+def test_a_folder_that_is_no_store_is_refused(place, tmp_path):
+    for command in (["info"], ["verify"], ["stats"], ["sample"], ["repair"], ["prune"], ["copy"]):
+        for uri in (tmp_path / "nothing", place / "corpus"):
+            with pytest.raises(InputError, match=r"holds no|was written by corpus"):
+                run(*command, uri, *([tmp_path / "out"] if command == ["copy"] else []))
