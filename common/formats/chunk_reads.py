@@ -60,7 +60,7 @@ class ChunkReads:
         return self._folder.objects.read(place.object, byte_range=place.bytes)
 
     def _received(self, layout: ArrayLayout, chunk: int, request: Any) -> bytes:
-        place, windows = layout.place(chunk), layout.chunk_windows(chunk)
+        place = layout.place(chunk)
         try:
             result = request.result()
         except (ValueError, OSError) as error:
@@ -68,11 +68,16 @@ class ChunkReads:
                 explain_storage_error(error, f"{self._folder.uri}/{place.object}", "read")
             return b""  # the object is shorter: a chunk that is cut off
         if result.state != "value":
-            raise SaexError(
-                f"{self._folder.uri}/{layout.name} lacks the shard with windows {windows.start} to {windows.stop - 1}; "
-                f"'saex-pipe store repair {self._folder.uri}' makes it again"
-            )
+            raise self._missing(layout, chunk)
         return bytes(result.value)
+
+    def _missing(self, layout: ArrayLayout, chunk: int) -> SaexError:
+        """What to say where the shard of ``chunk`` is not there."""
+        windows = layout.chunk_windows(chunk)
+        return SaexError(
+            f"{self._folder.uri}/{layout.name} lacks the shard with windows {windows.start} to {windows.stop - 1}; "
+            f"'saex-pipe store repair {self._folder.uri}' makes it again"
+        )
 
     def _windows(self, array: str, windows: range) -> np.ndarray:
         layout = self.layouts[array]

@@ -22,6 +22,7 @@ from saex_pipe.common.formats.chunk_index import checksums_from_text
 from saex_pipe.common.formats.chunk_reads import ChunkReads
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import STARTED
+from saex_pipe.common.formats.shard import ArrayLayout
 from saex_pipe.common.formats.statistics import ActivationStatistics
 from saex_pipe.common.formats.store_info import STORE, StoreInfo
 from saex_pipe.common.shuffle import TrancheOrder
@@ -47,6 +48,7 @@ class FollowedStore(ChunkReads):
         self.digest = canonical_digest(json.loads(self._folder.read(STARTED) or b"{}"))
         self._tranche_shards = tranche_shards or max(1, pool_bytes // self.info.shard_bytes)
         self._shards = len(self.info.tiling.shards(self.info.windows))
+        self._tranches = -(-self._shards // self._tranche_shards)
         self._entries: dict[int, dict[str, Any]] = {}  # by shard; checksums decoded
         self._ready: dict[int, tuple[int, np.ndarray]] = {}  # by tranche
         self._looked: dict[int, float] = {}  # when a tranche was last found wanting: buckets charge for every look
@@ -69,12 +71,13 @@ class FollowedStore(ChunkReads):
         return TrancheOrder(self, seed, pool_rows, lanes)
 
     def is_ready(self, tranche: int) -> bool:
-        """Whether every shard of the tranche is finished."""
+        """Whether every shard of the tranche is finished, and not freed since it was read before."""
         shards = self._shards_of(tranche)
         now = time.monotonic()
         if now - self._looked.get(shards.start, -_POLL_SECONDS) < _POLL_SECONDS:
             return False
-        if any(shard not in self._entries and not self._load_entry(shard) for shard in shards):
+        again = tranche >= self._tranches and freed_below(self._folder) > 0
+        if again or any(shard not in self._entries and not self._load_entry(shard) for shard in shards):
             self._looked[shards.start] = now
             return False
         self._looked.pop(shards.start, None)
@@ -84,13 +87,10 @@ class FollowedStore(ChunkReads):
         """The first chunk of a tranche and the training rows of each of its chunks; waits until it is finished."""
         shards = self._shards_of(tranche)
         if tranche not in self._ready:
+            if tranche >= self._tranches and freed_below(self._folder) > 0:
+                raise self._freed(shards.start)
             if not self.is_ready(tranche):
                 self._wait_for(lambda: self.is_ready(tranche))
-            if shards.start < freed_below(self._folder):
-                raise SaexError(
-                    f"{self.uri}: shard {shards.start} is needed, but readers have freed it; harvest again, "
-                    "without max_store_bytes or with every reader started first"
-                )
             rows = np.concatenate([np.asarray(self._entries[shard]["rows_per_chunk"], np.int64) for shard in shards])
             self._ready[tranche] = shards.start * self.info.tiling.chunks_per_shard, rows
         return self._ready[tranche]
@@ -100,8 +100,7 @@ class FollowedStore(ChunkReads):
         return self._shards_of(tranche).start
 
     def _shards_of(self, tranche: int) -> range:
-        tranches = -(-self._shards // self._tranche_shards)
-        start = tranche % tranches * self._tranche_shards
+        start = tranche % self._tranches * self._tranche_shards
         return range(start, min(start + self._tranche_shards, self._shards))
 
     def _load_entry(self, shard: int) -> bool:
@@ -116,6 +115,16 @@ class FollowedStore(ChunkReads):
     def _checksum_of(self, array: str, chunk: int) -> int:
         shard, number = divmod(chunk, self.info.tiling.chunks_per_shard)
         return int(self._entries[shard]["checksums"][array][number])
+
+    def _missing(self, layout: ArrayLayout, chunk: int) -> SaexError:
+        shard = chunk // self.info.tiling.chunks_per_shard
+        return self._freed(shard) if shard < freed_below(self._folder) else super()._missing(layout, chunk)
+
+    def _freed(self, shard: int) -> SaexError:
+        return SaexError(
+            f"{self.uri}: shard {shard} is needed, but readers have freed it; harvest again, "
+            "without max_store_bytes or with every reader started first"
+        )
 
     def _wait_for(self, ready: Callable[[], bool]) -> None:
         while not ready():
