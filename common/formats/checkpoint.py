@@ -2,13 +2,18 @@
 
 ``cfg.json``, ``sae_weights.safetensors``  opened by SAELens' ``SAE.load_from_disk``, in units of the raw activations
 ``saex.json``                              full configuration and provenance
-``state/STEP``                             Orbax: parameters, optimiser, dead-latent counters, step; resumes bit for bit
+``state/STEP`` (``.tar`` in buckets)       Orbax: parameters, optimiser, dead-latent counters, step; resumes bit for bit
 """
 
+import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +64,10 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 class TrainingState:
-    """The checkpoints of a training run, in ``state/`` of its folder; only the latest is kept."""
+    """The checkpoints of a training run, in ``state/`` of its folder; only the latest is kept.
+
+    On an object store each is one object, what Orbax writes to a local disk packed up: whole or not there.
+    """
 
     def __init__(self, folder: Folder) -> None:
         import orbax.checkpoint as ocp
@@ -68,7 +76,9 @@ class TrainingState:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._orbax = ocp
         local = folder.local_path()
-        path = f"{folder.uri}/state" if local is None else local / "state"
+        self._scratch = tempfile.TemporaryDirectory() if local is None else None
+        path = Path(self._scratch.name) if self._scratch is not None else Path(f"{local}/state")
+        self._packed = None if local is not None else _PackedSteps(folder, path)
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=True)
         self._uri = f"{folder.uri}/state"
         with self._explained("opened"):
@@ -78,14 +88,20 @@ class TrainingState:
         """Start saving ``tree`` (arrays) as the state after ``step`` steps; earlier saves are finished first."""
         with self._explained("written"):
             self._manager.save(step, args=self._orbax.args.StandardSave(tree))
+        if self._packed is not None:
+            self._packed.upload(step, self._manager.wait_until_finished)
 
     def wait(self) -> None:
         """Return once the saves under way are durable."""
         with self._explained("written"):
             self._manager.wait_until_finished()
+        if self._packed is not None:
+            self._packed.wait()
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Step and tree of the latest checkpoint, with the shapes and shardings of ``like``; None if there is none."""
+        if self._packed is not None and self._packed.download():
+            self._manager.reload()
         step = self._manager.latest_step()
         if step is None:
             return None
@@ -97,9 +113,11 @@ class TrainingState:
 
     def __exit__(self, *exception: object) -> None:
         """Wait for the saves under way."""
+        self.wait()
         with self._explained("written"):
-            self._manager.wait_until_finished()
             self._manager.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     @contextmanager
     def _explained(self, action: str) -> Iterator[None]:
@@ -107,3 +125,43 @@ class TrainingState:
             yield
         except (ValueError, OSError) as error:
             explain_storage_error(error, self._uri, action)
+
+
+class _PackedSteps:
+    """The folders of steps below ``place``, each as ``state/STEP.tar`` of ``folder``."""
+
+    def __init__(self, folder: Folder, place: Path) -> None:
+        self._folder, self._place = folder, place
+        self._uploads = ThreadPoolExecutor(1)
+        self._upload: Future[None] | None = None
+
+    def upload(self, step: int, finish: Callable[[], None]) -> None:
+        """Start to keep ``step``, once ``finish`` has returned; earlier ones go when it is there."""
+        self.wait()
+        self._upload = self._uploads.submit(self._keep, step, finish)
+
+    def wait(self) -> None:
+        """Return once what was begun is kept."""
+        if self._upload is not None:
+            self._upload.result()
+
+    def download(self) -> bool:
+        """Fetch the latest step; False where there is none."""
+        names = self._folder.list("state/")
+        data = self._folder.read(names[-1]) if names else None
+        if data is None:
+            return False
+        with tarfile.open(fileobj=io.BytesIO(data)) as packed:
+            packed.extractall(self._place, filter="data")
+        return True
+
+    def _keep(self, step: int, finish: Callable[[], None]) -> None:
+        finish()
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as packed:
+            packed.add(self._place / str(step), arcname=str(step))
+        name = f"state/{step:012d}.tar"
+        self._folder.write(name, buffer.getvalue())
+        for old in self._folder.list("state/"):
+            if old != name:
+                self._folder.delete(old)

@@ -6,7 +6,7 @@ fsync and rename; on an object store a single PUT.
 Another S3 than Amazon's is named by ``SAEX_S3_ENDPOINT`` (``http://host:port``), with its region in ``AWS_REGION`` and
 the credentials in the environment; for GCS, TensorStore reads ``TENSORSTORE_GCS_HTTP_URL``. A request that a store
 refuses for the time being (429, 5xx, a connection that breaks) is repeated ``SAEX_REQUEST_RETRIES`` times, 16 where
-that is not set: with waits that double up to half a minute, for some five minutes.
+that is not set: with waits that double from ``SAEX_RETRY_SECONDS`` (0.5) to half a minute, for some five minutes.
 """
 
 import io
@@ -75,7 +75,7 @@ class Folder:
         """TensorStore's settings for requests to this folder."""
         retries = {
             "max_retries": int(os.environ.get("SAEX_REQUEST_RETRIES", "16")),
-            "initial_delay": "0.5s",
+            "initial_delay": f"{os.environ.get('SAEX_RETRY_SECONDS', '0.5')}s",
             "max_delay": "32s",
         }
         return {"gcs_request_retries": retries, "s3_request_retries": retries}
@@ -199,6 +199,8 @@ def _after(prefix: str) -> bytes:
 def explain_storage_error(error: Exception, uri: str, action: str) -> NoReturn:
     """Raise what a failed storage operation means to the user, in one line."""
     text = str(error).partition(" [tensorstore_spec")[0].partition(" [source locations")[0]
+    if uri.startswith(_SCHEMES):
+        _explain_refused_request(text, uri, action)
     if any(word in text for word in ("PERMISSION_DENIED", "Permission denied", "Read-only file system")):
         raise InputError(f"{uri} could not be {action}: no permission", "change its rights or choose another --out")
     if any(word in text for word in ("No space left", "Disk quota exceeded")):
@@ -211,23 +213,21 @@ def explain_storage_error(error: Exception, uri: str, action: str) -> NoReturn:
         raise InputError(
             f"{uri} could not be {action}: files may not grow that large here", "raise the limit (ulimit -f)"
         )
-    if any(word in text for word in ("NoSuchBucket", "bucket does not exist")):
-        raise InputError(f"{uri} could not be {action}: there is no such bucket", "create it, or choose another")
-    if any(
-        word in text
-        for word in ("UNAUTHENTICATED", "HTTP response code: 401", "HTTP response code: 403", "Credentials")
-    ):
-        raise InputError(f"{uri} could not be {action}: the store refuses these credentials", "log in, or use others")
-    if any(
-        word in text
-        for word in ("CURL error", "UNAVAILABLE", "DEADLINE_EXCEEDED", "HTTP response code: 5", "code: 429")
-    ):
-        raise SaexError(
-            f"{uri} could not be {action}: the store does not answer ({text.splitlines()[0][:160]}); "
-            "run the same command again when it does"
-        )
     if action == "opened" and "NOT_FOUND" in text:
         raise SaexError(f"{uri} is missing or lacks its zarr.json; delete the stage's folder and run it again")
     if "DATA_LOSS" in text or "checksum" in text.lower():
         raise SaexError(f"{uri} is damaged ({text.splitlines()[0][:160]}); delete the stage's folder and run it again")
     raise SaexError(f"{uri} could not be {action}: {text.splitlines()[0][:300]}")
+
+
+def _explain_refused_request(text: str, uri: str, action: str) -> None:
+    """Raise what an object store's refusal means, where it is one."""
+    if any(word in text for word in ("NoSuchBucket", "bucket does not exist")):
+        raise InputError(f"{uri} could not be {action}: there is no such bucket", "create it, or choose another")
+    if any(word in text for word in ("http_response_code='401'", "http_response_code='403'", "UNAUTHENTICATED")):
+        raise InputError(f"{uri} could not be {action}: the store refuses these credentials", "log in, or use others")
+    if "retry attempts failed" in text or "CURL error" in text:
+        raise SaexError(
+            f"{uri} could not be {action}: the store does not answer ({text.splitlines()[0][:160]}); "
+            "run the same command again when it does"
+        )

@@ -1,0 +1,204 @@
+"""Folders and stores on S3 (moto's server) and GCS (the repository's), and what becomes of requests that fail."""
+
+import os
+import threading
+from itertools import count
+
+import gcs_server
+import numpy as np
+import pytest
+from gcs_server import lose_answer, reset, stall, status, times
+from object_stores import ENVIRONMENT, serve_gcs, serve_s3
+from small_store import SmallStore, whole_store
+
+from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.formats.activations import ActivationStore, Overtaken
+from saex_pipe.common.formats.claims import Claims
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.formats.zarr_array import Tiling, create_array, open_array, read_windows, write_windows
+
+NUMBERS = count()
+
+
+@pytest.fixture(scope="module")
+def stores():
+    """URIs of the roots, by kind, and the GCS server."""
+    with pytest.MonkeyPatch.context() as patch, serve_s3() as s3, serve_gcs() as gcs:
+        for name, value in {**ENVIRONMENT, "SAEX_S3_ENDPOINT": s3, "TENSORSTORE_GCS_HTTP_URL": gcs.url}.items():
+            patch.setenv(name, value)
+        yield {"s3": "s3://bucket/runs", "gs": "gs://bucket/runs", "server": gcs}
+
+
+@pytest.fixture(params=["file", "s3", "gs"])
+def folder(request, stores, tmp_path):
+    return Folder(str(tmp_path) if request.param == "file" else f"{stores[request.param]}/{next(NUMBERS)}")
+
+
+@pytest.fixture
+def gcs(stores):
+    """A folder on GCS, and its server without faults."""
+    server = stores["server"]
+    yield Folder(f"gs://bucket/runs/{next(NUMBERS)}"), server
+    server.faults.clear()
+
+
+def test_objects(folder):
+    assert folder.read("a") is None
+    assert folder.list() == []
+    folder.write("a", b"1")
+    folder.write("sub/b#1 %", b"22")
+    folder.write("a", b"3")
+    assert folder.read("a") == b"3"
+    assert folder.list() == ["a", "sub/b#1 %"]
+    assert folder.list("sub/") == ["sub/b#1 %"]
+    assert folder.read_many(["a", "none", "sub/b#1 %"]) == {"a": b"3", "sub/b#1 %": b"22"}
+    folder.delete("sub/")
+    assert folder.list() == ["a"]
+
+
+def test_many_objects_are_listed_and_read(folder):
+    names = [f"ledger/{n:04d}" for n in range(120)]
+    for name in names:
+        folder.write(name, name.encode())
+    assert folder.list("ledger/") == names
+    assert folder.read_many(names) == {name: name.encode() for name in names}
+
+
+def test_a_conditional_write_happens_only_over_what_was_seen(folder):
+    before = folder.read_stamped("a")
+    assert before.data is None
+    assert before.generation == folder.generation("a")
+    first = folder.write_if("a", b"1", before.generation)
+    assert first is not None
+    assert folder.read_stamped("a") == (b"1", first)
+    assert folder.write_if("a", b"2", before.generation) is None
+    assert folder.read("a") == b"1"
+    assert folder.write_if("a", b"3", first) is not None
+    assert folder.write_if("a", b"4", first) is None
+    assert folder.read("a") == b"3"
+
+
+def test_of_writers_that_race_one_wins(folder):
+    won = []
+
+    def race(name):
+        own = Claims(Folder(folder.uri), name, 60.0)
+        won.extend(shard for shard in range(10) if own.claim(shard))
+
+    threads = [threading.Thread(target=race, args=(str(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == list(range(10))
+
+
+def test_arrays(folder):
+    array = create_array(folder, "x", shape=(5, 3), dtype="int32", tiling=Tiling(4, 2), axes="NL")
+    values = np.arange(15, dtype=np.int32).reshape(5, 3)
+    write_windows(array, range(4), values[:4])
+    write_windows(array, range(4, 5), values[4:])
+    np.testing.assert_array_equal(read_windows(open_array(folder, "x"), range(1, 5)), values[1:])
+
+
+def test_a_store(folder):
+    store = whole_store(folder.uri)
+    found = ActivationStore(store.uri)
+    np.testing.assert_array_equal(found.acts("a", range(24)), store.acts_NLD)
+    with RowReader(found, ("a",), seed=0, batch_rows=20, pool_bytes=3000) as reader:
+        rows = np.concatenate([reader.batch(step)["a"][:, 0] for step in range(len(store.kept_ids()) // 20)])
+    assert len(set(rows.tolist())) == len(rows)
+    assert {int(row) for row in rows} <= {*store.kept_ids()}
+
+
+def test_a_shard_that_another_has_written_is_left_alone(folder):
+    store = SmallStore(folder.uri).start()
+    windows = store.shards[1]
+    part = slice(windows.start, windows.stop)
+    before = store.writer.generations(windows)
+    store.write(1)
+    arguments = windows, store.tokens_NL[part], store.keep_NL[part], {"a": store.acts_NLD[part] + 1}
+    with pytest.raises(Overtaken):
+        store.writer.write_shard(*arguments, over=before)
+    store.write(0, 2, 3, 4, 5).finish()
+    np.testing.assert_array_equal(ActivationStore(store.uri).acts("a", range(24)), store.acts_NLD)
+
+
+FAULTS = {
+    "429": status(429),
+    "500": status(500),
+    "503": status(503),
+    "reset": reset,
+    "stall": stall,
+    "lost answer": lose_answer,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_requests_that_fail_for_a_while_lose_and_double_nothing(gcs, fault, method):
+    folder, server = gcs
+    store = SmallStore(folder.uri).start()
+    fail = times(3, FAULTS[fault], method)
+    server.faults.append(fail)
+    store.write(*range(6)).finish()
+    found = ActivationStore(store.uri).acts("a", range(24))
+    np.testing.assert_array_equal(found, store.acts_NLD)
+    assert not fail(type("Handler", (), {"command": method})()), "all three faults have happened"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_claim_survives_requests_that_fail(gcs, fault):
+    folder, server = gcs
+    own, other = Claims(folder, "own", 60.0), Claims(folder, "other", 60.0)
+    server.faults.append(times(2, FAULTS[fault], "POST"))
+    assert own.claim(0)
+    assert not other.claim(0)
+    server.faults.append(times(2, FAULTS[fault], "POST"))
+    assert own.commit(0, {"by": "own"})
+    assert not other.claim(0)
+    assert folder.read("ledger/000000.json") == b'{"by": "own"}'
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_conditional_shard_survives_requests_that_fail(gcs, fault):
+    folder, server = gcs
+    store = SmallStore(folder.uri).start()
+    windows = store.shards[0]
+    part = slice(windows.start, windows.stop)
+    before = store.writer.generations(windows)
+    server.faults.append(times(2, FAULTS[fault], "POST"))
+    arguments = windows, store.tokens_NL[part], store.keep_NL[part], {"a": store.acts_NLD[part]}
+    store.writer.write_shard(*arguments, over=before)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "line"),
+    [
+        (status(503), SaexError, "does not answer .*; run the same command again when it does"),
+        (reset, SaexError, "does not answer"),
+        (status(401), InputError, "refuses these credentials; log in"),
+        (status(403), InputError, "refuses these credentials; log in"),
+    ],
+)
+def test_what_does_not_pass_ends_in_one_line(gcs, fault, kind, line, monkeypatch):
+    folder, server = gcs
+    monkeypatch.setenv("SAEX_REQUEST_RETRIES", "2")
+    folder = Folder(folder.uri)
+    server.faults.append(times(10**6, fault))
+    listing = () if kind is InputError else (folder.list, folder.delete)  # TensorStore takes 401 for an empty list
+    for action in (lambda: folder.read("a"), lambda: folder.write("a", b"1"), *listing):
+        with pytest.raises(kind, match=line) as caught:
+            action()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_bucket_that_is_not_there_is_named(stores):
+    with pytest.raises(InputError, match="there is no such bucket; create it"):
+        Folder("s3://nowhere/run").write("a", b"1")
+
+
+def test_the_environment_of_the_tests_reaches_no_real_store():
+    assert os.environ.get("SAEX_S3_ENDPOINT") is None or "127.0.0.1" in os.environ["SAEX_S3_ENDPOINT"]
+    assert gcs_server.GcsServer.request_queue_size > 5

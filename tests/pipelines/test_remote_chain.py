@@ -1,0 +1,85 @@
+"""Whole chains on object stores: the same results as on a disk, to the byte."""
+
+import json
+
+import pytest
+import tiny_run
+from object_stores import ENVIRONMENT, serve_gcs, serve_s3
+
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.pipelines import chain
+from saex_pipe.stages.harvest import work
+
+CORPUS = {"window_length": 32, "max_tokens": 60 * 32}
+HARVEST = {"taps": [tiny_run.TAP], "compute_dtype": "float32", "batch_windows": 8, "shard_windows": 8}
+TRAIN = {"latents": 64, "k": 4, "batch_rows": 128, "rows": 1280, "compute_dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    place = tmp_path_factory.mktemp("inputs")
+    model, source = tiny_run.write_model(place / "model"), tiny_run.write_corpus(place / "text.jsonl.gz")
+    settings = {
+        "corpus": CORPUS | {"source": [str(source)]},
+        "harvest": HARVEST | {"model": str(model)},
+        "train": TRAIN,
+    }
+    return chain.Recipe("remote", "", ("corpus", "harvest", "train", "evaluate", "cache"), settings, "")
+
+
+def run(recipe, out, **settings):
+    return list(chain.run_chain(recipe, out, stages=recipe.stages, **settings))
+
+
+@pytest.fixture(scope="module")
+def local(recipe, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("local"))
+    run(recipe, out)
+    return Folder(out)
+
+
+@pytest.fixture(scope="module")
+def roots():
+    with pytest.MonkeyPatch.context() as patch, serve_s3() as s3, serve_gcs() as gcs:
+        for name, value in {**ENVIRONMENT, "SAEX_S3_ENDPOINT": s3, "TENSORSTORE_GCS_HTTP_URL": gcs.url}.items():
+            patch.setenv(name, value)
+        yield {"s3": "s3://bucket/run", "gs": "gs://bucket/run"}
+
+
+def results(folder):
+    """Every object that says neither when nor where it was made."""
+    volatile = ("manifest.json", "metrics.jsonl")
+    names = [name for name in folder.list() if not name.endswith(volatile) and "/state/" not in name]
+    return {name: data for name, data in folder.read_many(names).items() if not name.endswith("saex.json")}
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_chain_on_an_object_store_gives_what_it_gives_on_a_disk(recipe, local, roots, kind):
+    finished = run(recipe, roots[kind])
+    assert [stage.ran for stage in finished] == [True] * 5
+    folder = Folder(roots[kind])
+    found, expected = results(folder), results(local)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+    for stage in finished:
+        name = stage.config.folder
+        mine, theirs = (Manifest.read(root.child(name)) for root in (folder, local))
+        assert (mine.digest, mine.contents) == (theirs.digest, theirs.contents)
+    assert [stage.ran for stage in run(recipe, roots[kind])] == [False] * 5
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_results_are_replaced_and_shared_out_on_an_object_store(recipe, local, roots, kind, monkeypatch):
+    monkeypatch.setattr(work, "_POLL_SECONDS", 0.1)
+    run(recipe, roots[kind])
+    other = chain.with_assignments(recipe, ["harvest.taps=blocks.1.mlp_out", "harvest.elastic=true", "train.k=3"])
+    finished = run(other, roots[kind], force=True)
+    assert [stage.ran for stage in finished] == [False, True, True, True, True]
+    folder = Folder(roots[kind])
+    assert not [name for name in folder.list() if "saex-new" in name]
+    assert list(Manifest.read(folder.child("activations")).contents["taps"]) == ["blocks.1.mlp_out"]
+    states = folder.child("activations").read_many(folder.child("activations").list("claims/"))
+    assert all("finished" in json.loads(state) for state in states.values())
+    run(recipe, roots[kind], force=True)
+    assert results(folder).keys() >= results(local).keys()
