@@ -198,6 +198,12 @@ def dying(write, name_of):
                 print(name, file=file)
             os.kill(os.getpid(), signal.SIGKILL)
     return write_and_die
+from saex_pipe.common.formats import activations
+start = activations._Writes.start
+def write_object(writes, name, data):
+    start(writes, name, data)
+    writes._started[-1][2].result()
+activations._Writes.start = dying(write_object, lambda writes, name, data: writes._folder.uri + "/" + name)
 Folder.write = dying(Folder.write, lambda folder, name, data: folder.uri + "/" + name)
 for module in [module for name, module in sys.modules.items() if name.startswith("saex_pipe.")]:
     if hasattr(module, "write_windows"):

@@ -8,6 +8,7 @@ from object_stores import ENVIRONMENT, serve_gcs, serve_s3
 
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.row_reader import RowReader
 from saex_pipe.pipelines import chain
 from saex_pipe.stages.harvest import work
 
@@ -83,3 +84,31 @@ def test_results_are_replaced_and_shared_out_on_an_object_store(recipe, local, r
     assert all("finished" in json.loads(state) for state in states.values())
     run(recipe, roots[kind], force=True)
     assert results(folder).keys() >= results(local).keys()
+
+
+class DiedError(BaseException):
+    """Stands in for the end of the process."""
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_training_goes_on_from_a_checkpoint_in_a_bucket(recipe, local, roots, kind, monkeypatch):
+    changed = chain.with_assignments(recipe, ["train.checkpoint_every_steps=2"])
+    config = chain.configure(
+        changed, "train", f"{roots[kind]}-resumed", {"activations": local.child("activations").uri}
+    )
+    batch, seen = RowReader.batch, []
+
+    def dying(self, step, *rest, **settings):
+        seen.append(step)
+        if step == 7 and len(seen) == 8:
+            raise DiedError
+        return batch(self, step, *rest, **settings)
+
+    monkeypatch.setattr(RowReader, "batch", dying)
+    with pytest.raises(DiedError):
+        chain.finish_stage(config, force=False)
+    chain.finish_stage(config, force=False)
+    assert seen == [*range(8), *range(6, 10)]
+    name = "sae_weights.safetensors"
+    assert Folder(config.out).read(name) == local.child("sae").read(name)
+    assert Folder(config.out).list("state/") == ["state/000000000010.tar"]
