@@ -15,7 +15,8 @@ from typing import Any
 from saex_pipe.common.config import StageConfig, Upstream, canonical_digest, comma_list, parse_assignment
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder
-from saex_pipe.common.formats.manifest import Manifest, fingerprint, finished_output
+from saex_pipe.common.formats.manifest import Manifest, fingerprint
+from saex_pipe.common.formats.stage_output import finished_output
 
 # In the order in which they can run. The configuration is light to import; what runs it is not.
 STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")

@@ -13,7 +13,8 @@ from saex_pipe.common.config import canonical_digest
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.activations import SCHEMA_VERSION, WRITERS, ActivationStore, StoreInfo
 from saex_pipe.common.formats.folder import Folder
-from saex_pipe.common.formats.manifest import MANIFEST, Manifest, beside, fingerprint
+from saex_pipe.common.formats.manifest import MANIFEST, Manifest, fingerprint
+from saex_pipe.common.formats.stage_output import beside
 from saex_pipe.common.formats.store_checks import Trouble, check_frame, check_shards
 from saex_pipe.common.formats.store_info import STORE
 from saex_pipe.common.llm.tokenizer import load_tokenizer

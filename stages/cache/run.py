@@ -11,7 +11,8 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import SavedSae, read_sae
 from saex_pipe.common.formats.feature_cache import TOP_STRATUM, CacheSource, write_examples, write_features
-from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
+from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.stage_output import StageOutput, stage_output
 from saex_pipe.common.llm.tokenizer import Tokenizer, load_tokenizer
 from saex_pipe.common.metrics_log import watched_progress
 from saex_pipe.common.preemption import graceful_stop

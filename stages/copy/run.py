@@ -5,7 +5,8 @@ import numpy as np
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import ActivationStore, ActivationWriter, StoreInfo, finish_contents
 from saex_pipe.common.formats.int8 import Channels
-from saex_pipe.common.formats.manifest import Manifest, stage_output
+from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.formats.statistics import ActivationStatistics
 from saex_pipe.common.formats.store_info import given_dtypes
 from saex_pipe.common.formats.zarr_array import Tiling

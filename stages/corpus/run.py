@@ -7,7 +7,8 @@ import numpy as np
 from saex_pipe.common import resources
 from saex_pipe.common.beam import for_each, run_pipeline
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
+from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.stage_output import StageOutput, stage_output
 from saex_pipe.common.formats.tokens import TokenStoreInfo, create_token_arrays
 from saex_pipe.common.llm.chat_template import ChatTemplate
 from saex_pipe.common.llm.tokenizer import Tokenizer, load_tokenizer

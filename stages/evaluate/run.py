@@ -12,8 +12,9 @@ from saex_pipe.common import resources
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import SavedSae, read_sae
-from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
+from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.row_policy import RowPolicy
+from saex_pipe.common.formats.stage_output import StageOutput, stage_output
 from saex_pipe.common.formats.tokens import TokenStore
 from saex_pipe.common.formats.toy_truth import read_dictionary
 from saex_pipe.common.llm import taps as tap_names

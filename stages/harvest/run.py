@@ -16,7 +16,8 @@ from saex_pipe.common import resources
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, finish_contents
 from saex_pipe.common.formats.followed_store import Room, freed_below
-from saex_pipe.common.formats.manifest import Manifest, stage_output
+from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.formats.store_info import given_dtypes
 from saex_pipe.common.formats.tokens import TokenStore
 from saex_pipe.common.formats.zarr_array import Tiling

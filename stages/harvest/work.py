@@ -9,7 +9,7 @@ from saex_pipe.common.errors import ShareDone
 from saex_pipe.common.formats.activations import ActivationWriter, Overtaken
 from saex_pipe.common.formats.claims import Claims
 from saex_pipe.common.formats.followed_store import Room
-from saex_pipe.common.formats.manifest import StageOutput
+from saex_pipe.common.formats.stage_output import StageOutput
 from saex_pipe.common.preemption import StopRequest
 from saex_pipe.common.worker import Share
 

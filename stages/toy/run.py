@@ -3,8 +3,9 @@
 import numpy as np
 
 from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, finish_contents
-from saex_pipe.common.formats.manifest import Manifest, stage_output
+from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.row_policy import RowPolicy
+from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.formats.toy_truth import create_codes, write_dictionary
 from saex_pipe.common.formats.zarr_array import Tiling, write_windows
 from saex_pipe.common.metrics_log import progress

@@ -10,7 +10,8 @@ import numpy as np
 
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.checkpoint import SavedSae, TrainingState, write_sae
-from saex_pipe.common.formats.manifest import Manifest, StageOutput, stage_output
+from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.stage_output import StageOutput, stage_output
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.common.preemption import graceful_stop
 from saex_pipe.common.sae.contract import DataStats, Variant

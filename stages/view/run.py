@@ -6,7 +6,8 @@ from typing import Any
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.feature_cache import FeatureCache
 from saex_pipe.common.formats.folder import Folder
-from saex_pipe.common.formats.manifest import Manifest, stage_output
+from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.preemption import graceful_stop
 from saex_pipe.stages.view.config import Config
 from saex_pipe.stages.view.page import index_page

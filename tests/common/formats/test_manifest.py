@@ -10,8 +10,9 @@ from saex_pipe.common.config import StageConfig, setting
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.activations import ActivationWriter, StoreInfo
 from saex_pipe.common.formats.folder import Folder
-from saex_pipe.common.formats.manifest import Manifest, stage_output
+from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.row_policy import RowPolicy
+from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.formats.zarr_array import Tiling
 from saex_pipe.common.metrics_log import MetricsLog
 
