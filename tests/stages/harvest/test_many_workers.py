@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,3 +230,32 @@ def test_a_harvest_waits_until_its_follower_has_freed_room(inputs, whole, tmp_pa
 def test_settings_that_make_no_sense_are_refused(inputs, tmp_path, changes, line):
     with pytest.raises(InputError, match=line):
         run(inputs, tmp_path / "a", **changes)
+
+
+HOSTS = """
+import json, sys
+import jax
+from saex_pipe.common.errors import ShareDone
+from saex_pipe.stages.harvest import run
+from saex_pipe.stages.harvest.config import Config
+
+jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
+try:
+    run.run(Config.create(json.loads(sys.argv[1]) | {"worker": "jax"}))
+except ShareDone as done:
+    print(done)
+"""
+
+
+def test_hosts_of_one_computation_write_their_own_shards(inputs, whole, tmp_path):
+    settings = json.dumps(inputs | SETTINGS | {"out": str(tmp_path / "a")})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HOSTS, settings, address]
+    hosts = [subprocess.Popen([*command, str(n)], env=environment, stdout=subprocess.PIPE, text=True) for n in range(2)]
+    said = [host.communicate(timeout=90)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0]
+    assert all("its 5 shards are done" in line or not line for line in said)
+    check_same(tmp_path / "a", whole)
