@@ -66,6 +66,17 @@ def test_the_next_pool_is_the_one_used_next_in_its_lane():
         assert all(order.next_pool(a) == b for a, b in itertools.pairwise(sequence))
 
 
+def test_lanes_change_pools_one_after_the_other():
+    order = RowOrder(np.full(640, 32), seed=0, pool_rows=640, lanes=8)
+    used, changes = {}, []
+    for step in range(order.rows // 64):
+        pools = {part.pool.start * 8 // order.rows: part.pool for part in order.span(step * 64, (step + 1) * 64)}
+        changes.append(sum(used.get(lane, pool) != pool for lane, pool in pools.items()))
+        used |= pools
+    assert max(changes) == 1
+    assert sum(changes) == 8 * 4 - 1, "four pools a lane, and one more where the first is cut short"
+
+
 def test_neighbours_in_the_store_are_spread_as_by_a_perfect_shuffle():
     """Share of pairs in a batch from one chunk, against the expectation of drawing without replacement."""
     order = RowOrder(np.full(256, 64), seed=0, pool_rows=1 << 20, lanes=8)

@@ -85,6 +85,9 @@ def test_a_holder_learns_that_it_was_overtaken(folder, clock):
     a.renew()
     assert not a.holds(0)
     assert b.holds(0)
+    assert not a.commit(0, {"by": "a"})
+    assert b.commit(0, {"by": "b"})
+    assert ledger(folder) == {"ledger/000000.json": {"by": "b"}}
 
 
 def test_a_finished_claim_is_nobodys_and_its_ledger_entry_is_made_good(folder, clock):
