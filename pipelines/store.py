@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from saex_pipe.common.formats.store_info import STORE
 from saex_pipe.common.llm.tokenizer import load_tokenizer
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.pipelines.chain import Recipe, config_class, finish_stage, with_assignments
+from saex_pipe.pipelines.store_report import report
 from saex_pipe.stages.copy.config import Config as CopyConfig
 from saex_pipe.stages.copy.run import run as run_copy
 
@@ -111,9 +113,11 @@ def _line(trouble: Trouble) -> str:
     return f"{where}: {trouble.text}"
 
 
-def print_stats(uri: str, as_json: bool) -> None:
-    """Statistics of every tap, with a small histogram of the norms of its rows."""
+def print_stats(uri: str, as_json: bool, plot: str | None) -> None:
+    """Statistics of every tap, with a small histogram of the norms of its rows; also as a page at ``plot``."""
     store = ActivationStore(uri)
+    if plot is not None:
+        Path(plot).write_text(report(store), encoding="utf-8")
     for tap, width in store.info.taps.items():
         found = store.statistics(tap)
         order = np.argsort(found.sum_square_D)[::-1][:5]

@@ -31,11 +31,15 @@ def verify(uri: _StoreUri, jobs: _Jobs = 8, as_json: _Json = False) -> None:
 
 
 @app.command()
-def stats(uri: _StoreUri, as_json: _Json = False) -> None:
+def stats(
+    uri: _StoreUri,
+    as_json: _Json = False,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.html", help="Also write a page with plots.")] = None,
+) -> None:
     """Norms, outliers, and how far off zero the rows of every tap lie."""
     from saex_pipe.pipelines import store
 
-    store.print_stats(uri, as_json)
+    store.print_stats(uri, as_json, plot)
 
 
 @app.command()

@@ -224,6 +224,16 @@ def test_stats_are_those_of_the_rows(store, capsys):
     assert "mean to spread" in capsys.readouterr().out
 
 
+def test_stats_are_plotted_on_a_page_of_its_own(store, tmp_path):
+    run("stats", store, "--plot", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    found = ActivationStore(str(store)).statistics(TAP)
+    assert page.count("<rect") == len(found.norms()[0]) + tiny_run.WIDTH
+    assert f"<h2>{TAP}</h2>" in page
+    assert f"{found.count:,} rows of {tiny_run.WIDTH} in bfloat16" in page
+    assert "http" not in page
+
+
 def test_sample_shows_rows_with_their_text(store, capsys):
     run("sample", store, "--rows", "3", "--seed", "1")
     lines = capsys.readouterr().out.splitlines()
