@@ -54,7 +54,8 @@ class ActivationWriter:
         self.info = info
         self._folder = folder
         self._layouts = info.layouts()
-        folder.write(STORE, json.dumps(info.to_json(), sort_keys=True).encode())
+        if folder.read(STORE) is None:  # else by another writer, or by this one before it was stopped
+            folder.write(STORE, json.dumps(info.to_json(), sort_keys=True).encode())
         groups = sorted({name.rpartition("/")[0] for name in self._layouts})
         create_groups(folder, tuple(groups))
         for layout in self._layouts.values():

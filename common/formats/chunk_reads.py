@@ -52,7 +52,8 @@ class ChunkReads:
         started = list(islice(pending, self._ahead))
         while started:
             chunk, request = started.pop(0)
-            yield layout.decode(chunk, self._received(layout, chunk, request), self._checksum(array, chunk))
+            data, checksum = self._received(layout, chunk, request), self._checksum(array, chunk)
+            yield layout.decode(chunk, data, checksum, self._folder.uri)
             started += islice(pending, 1)
 
     def _request(self, layout: ArrayLayout, chunk: int) -> Any:

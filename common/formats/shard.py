@@ -101,8 +101,10 @@ class ArrayLayout:
         data[chunks * size :] = index
         return EncodedShard(data, checksums.astype(np.uint32))
 
-    def decode(self, chunk: int, data: bytes, checksum: int) -> Shaped[np.ndarray, "windows ..."]:
-        """The windows of ``chunk`` from the bytes at its ``place``; ``checksum`` is what the ledger says it has.
+    def decode(self, chunk: int, data: bytes, checksum: int, uri: str) -> Shaped[np.ndarray, "windows ..."]:
+        """The windows of ``chunk`` of the store at ``uri``, from the bytes at its ``place``.
+
+        ``checksum`` is what the ledger says it has.
 
         Raises:
             SaexError: the chunk is cut off, has changed, or belongs elsewhere.
@@ -110,8 +112,8 @@ class ArrayLayout:
         windows = self.chunk_windows(chunk)
         if (trouble := self.trouble(data, checksum)) is not None:
             raise SaexError(
-                f"{self.name}, windows {windows.start} to {windows.stop - 1}: {trouble}; "
-                "'saex-pipe store repair' makes its shard again"
+                f"{uri}/{self.name}, windows {windows.start} to {windows.stop - 1}: {trouble}; "
+                f"'saex-pipe store repair {uri}' makes its shard again"
             )
         values = np.frombuffer(data, self.dtype, count=self.chunk_bytes // self.dtype.itemsize)
         return values.reshape(self.chunk_shape)[: len(windows)]

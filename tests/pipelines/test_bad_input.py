@@ -431,25 +431,25 @@ DAMAGE = {  # id: (what is done, the command line, exit status, the line)
         lambda p: p.edit_json("activations/manifest.json", schema_version=7),
         TRAIN,
         2,
-        r"{out}/activations has schema version 7, this version of saex-pipe reads 1; run 'saex-pipe harvest' again",
+        r"{out}/activations has schema version 7, this version of saex-pipe reads 2; run 'saex-pipe harvest' again",
     ),
     "store that lacks a shard": (
         lambda p: (p.out / f"activations/acts/{tiny_run.TAP}/c/3/0/0").unlink(),
         TRAIN,
         1,
-        r"lacks the shard with windows \d+ to \d+; delete the stage's folder and run it again",
+        r"lacks the shard with windows \d+ to \d+; 'saex-pipe store repair {out}/activations' makes it again",
     ),
     "store with a flipped bit": (
         lambda p: flip(p.out / f"activations/acts/{tiny_run.TAP}/c/3/0/0"),
         TRAIN,
         1,
-        r"activations/acts/{tap} is damaged \(.*\); delete the stage's folder and run it again",
+        r"activations/acts/{tap}, windows \d+ to \d+: damaged: its checksum does not fit; 'saex-pipe store repair",
     ),
-    "store without its metadata": (
-        lambda p: (p.out / "activations/keep/zarr.json").unlink(),
+    "store without its index": (
+        lambda p: (p.out / "activations/index/rows.npy").unlink(),
         TRAIN,
         1,
-        r"activations/keep is missing or lacks its zarr.json; delete the stage's folder and run it again",
+        r"activations/index/rows.npy is missing; 'saex-pipe store repair' makes it again",
     ),
     "damaged ledger entry": (
         lambda p: ((p.out / "activations/manifest.json").unlink(), cut(p.out / "activations/ledger/000002.json", 20)),

@@ -97,7 +97,12 @@ def spoil_metadata(store):
     path.write_text(path.read_text().replace('"shape":[40,32]', '"shape":[41,32]'))
 
 
+def lose_index(store):
+    (store / "index" / "rows.npy").unlink()
+
+
 FAULTS = {
+    lose_index: ["index/rows.npy: missing"],
     flip: [f"acts/{TAP} shard 1: windows 8 to 11: damaged: its checksum does not fit"],
     truncate: [f"acts/{TAP} shard 2: windows 20 to 23: cut off before the end of its 8,196 bytes"],
     remove: ["tokens shard 3: missing"],
