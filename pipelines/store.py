@@ -137,7 +137,7 @@ def print_stats(uri: str, as_json: bool, plot: str | None) -> None:
             "largest_shares_of_second_moment": largest,
         }
         if not as_json:
-            facts["norms"] = _sparkline(found.norms()[1])
+            facts["norms_upper_octaves"] = _sparkline(found.norms()[1][-40:])
             if found.mean_to_spread > _DEAD_ABOVE:
                 facts["note"] = "far off zero: many latents will die unless the decoder bias starts at the mean"
         _print_facts(facts, as_json)

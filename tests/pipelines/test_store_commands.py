@@ -122,7 +122,7 @@ FAULTS = {
 def test_verify_names_exactly_what_is_wrong_and_repair_mends_it(place, store, fault, capsys):
     fault(store)
     assert files_of(store) != files_of(place / "whole")
-    with pytest.raises(SaexError, match="things are wrong; 'saex-pipe store repair"):
+    with pytest.raises(SaexError, match="findings; 'saex-pipe store repair"):
         run("verify", store)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(FAULTS[fault])
