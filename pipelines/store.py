@@ -91,9 +91,7 @@ def verify(uri: str, jobs: int, as_json: bool) -> None:
     for trouble in found:
         print(json.dumps(trouble._asdict()) if as_json else _line(trouble), flush=True)
     if found:
-        raise SaexError(
-            f"{uri}: {len(found)} things are wrong; 'saex-pipe store repair {uri}' makes these shards again"
-        )
+        raise SaexError(f"{uri}: {len(found)} findings; 'saex-pipe store repair {uri}' mends them")
     if not as_json:
         print(f"{uri}: all {len(store.info.tiling.shards(store.info.windows)):,} shards are as they were written")
 
