@@ -157,13 +157,13 @@ def test_killed_at_random_moments_in_every_stage(chains, name, seed, moments):
 
 # Writes down which steps are trained.
 _RECORD_STEPS = """
-from saex_pipe.stages.train import run
-batch = run.RowReader.batch
+from saex_pipe.common.formats.row_reader import RowReader
+batch = RowReader.batch
 def recorded(reader, step):
     with open({steps!r}, "a") as file:
         print(step, file=file)
     return batch(reader, step)
-run.RowReader.batch = recorded
+RowReader.batch = recorded
 """
 
 
