@@ -18,6 +18,7 @@ from saex_pipe.common.formats.manifest import MANIFEST, Manifest, fingerprint
 from saex_pipe.common.formats.stage_output import beside
 from saex_pipe.common.formats.store_checks import Trouble, check_frame, check_shards
 from saex_pipe.common.formats.store_info import STORE
+from saex_pipe.common.formats.store_migration import Migration
 from saex_pipe.common.llm.tokenizer import load_tokenizer
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.pipelines.chain import Recipe, config_class, finish_stage, with_assignments
@@ -55,6 +56,7 @@ def print_info(uri: str, price: float, as_json: bool) -> None:
         "cost_per_month": round(info.activation_bytes / 1e9 * price, 2),
         "price_per_gb_month": price,
         "source": info.source.get("model", "toy"),
+        "schema_version": SCHEMA_VERSION,
     }
     if manifest is not None:
         contents = manifest.contents
@@ -205,6 +207,17 @@ def repair(uri: str, jobs: int) -> None:
     print(f"{uri}: made {len(shards)} shards again; 'saex-pipe store verify {uri}' checks all once more")
 
 
+def migrate(uri: str, jobs: int) -> None:
+    """Bring a store of an earlier schema version to the present one, where it stands."""
+    migration = Migration.of(uri)
+    config = config_class(migration.manifest.stage).create(migration.manifest.config | {"out": uri})
+    with progress("migrating", len(migration.shards), "shards") as bar:
+        for _ in migration.bring_shards(jobs):
+            bar.advance(1)
+    manifest = migration.finish(config)
+    print(f"{uri}: all {len(migration.shards):,} shards are as they were written; its digest is now {manifest.digest}")
+
+
 def prune(uri: str, yes: bool) -> None:
     """Delete what no run goes on from and no reader needs; only say so without ``yes``."""
     store, folder = ActivationStore(uri), Folder(uri)
@@ -215,7 +228,7 @@ def prune(uri: str, yes: bool) -> None:
         name
         for name in folder.list()
         if name.startswith(("claims/", "parts/", "readers/"))
-        or (name.startswith(("acts/", "scales/")) and name.count("/") > 1 and name not in arrays)
+        or (name.startswith(("acts/", "scales/", "keep/", "tokens/")) and name.count("/") > 1 and name not in arrays)
     ]
     places = [(folder, name) for name in stale]
     places += [

@@ -77,6 +77,14 @@ def repair(uri: _StoreUri, jobs: _Jobs = 8) -> None:
 
 
 @app.command()
+def migrate(uri: _StoreUri, jobs: _Jobs = 8) -> None:
+    """Bring a store of an earlier version of saex-pipe to the present format, where it stands."""
+    from saex_pipe.pipelines import store
+
+    store.migrate(uri, jobs)
+
+
+@app.command()
 def prune(uri: _StoreUri, yes: Annotated[bool, typer.Option("--yes", help="Do it.")] = False) -> None:
     """Delete what nothing needs any more."""
     from saex_pipe.pipelines import store

@@ -61,6 +61,11 @@ class Manifest:
             )
         if manifest.stage not in stages:
             raise InputError(f"{uri} was written by {manifest.stage}", f"give the output of {' or '.join(stages)}")
+        if manifest.schema_version == 1 and schema_version == 2:  # an activation store: the only one that has changed
+            raise InputError(
+                f"{uri} has schema version 1, this version of saex-pipe reads 2",
+                f"'saex-pipe store migrate {uri}' brings it to this one",
+            )
         if manifest.schema_version != schema_version:
             raise InputError(
                 f"{uri} has schema version {manifest.schema_version}, this version of saex-pipe reads {schema_version}",

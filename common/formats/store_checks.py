@@ -1,16 +1,20 @@
 """Everything about a finished activation store that can be wrong on disk, found."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.activations import ActivationStore
+from saex_pipe.common.formats.chunk_index import checksum_text
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.shard import ArrayLayout
 from saex_pipe.common.formats.zarr_array import open_array
+
+_ENTRIES = 1024  # of the ledger, held at once
 
 
 class Trouble(NamedTuple):
@@ -38,7 +42,11 @@ def check_shards(store: ActivationStore, jobs: int) -> Iterator[list[Trouble]]:
 
 
 def _check_object(folder: Folder, store: ActivationStore, layout: ArrayLayout, shard: int) -> list[Trouble]:
-    data = folder.read(layout.shard_object(shard))
+    return check_object(folder.read(layout.shard_object(shard)), store, layout, shard)
+
+
+def check_object(data: bytes | None, store: ActivationStore, layout: ArrayLayout, shard: int) -> list[Trouble]:
+    """What is wrong with the object of ``shard`` of an array, read as ``data``."""
     if data is None:
         return [Trouble(layout.name, shard, "missing")]
     per_shard = layout.tiling.chunks_per_shard
@@ -73,7 +81,37 @@ def check_frame(store: ActivationStore) -> list[Trouble]:
         data = folder.read(name)
         if data is None or hashlib.sha256(data).hexdigest() != digest:
             found.append(Trouble(name, None, "missing" if data is None else "not the one in the manifest"))
-    shards = len(store.info.tiling.shards(store.info.windows))
-    entries = {int(name[len("ledger/") : -len(".json")]) for name in folder.list("ledger/")}
-    found += [Trouble("ledger", shard, "has no entry") for shard in range(shards) if shard not in entries]
+    if any(trouble.array in store.manifest.contents["index"] for trouble in found):
+        return found
+    return found + _check_ledger(store)
+
+
+def _check_ledger(store: ActivationStore) -> list[Trouble]:
+    """What in the ledger and in the manifest does not fit the index, which must be there."""
+    folder, found = Folder(store.uri), []
+    names = [f"ledger/{shard:06d}.json" for shard in range(len(store.info.tiling.shards(store.info.windows)))]
+    for start in range(0, len(names), _ENTRIES):
+        entries = folder.read_many(names[start : start + _ENTRIES])
+        for shard, name in enumerate(names[start : start + _ENTRIES], start):
+            if name not in entries:
+                found.append(Trouble("ledger", shard, "has no entry"))
+            elif fitting_entry(store, shard, entries[name]) is None:
+                found.append(Trouble("ledger", shard, "its entry does not fit the index"))
+    rows = {store.rows, *(store.statistics(tap).count for tap in store.info.taps)}
+    if rows != {int(store.rows_per_chunk().sum(dtype="int64"))}:
+        found.append(Trouble("manifest.json", None, "its rows are not as many as those in the index"))
     return found
+
+
+def fitting_entry(store: ActivationStore, shard: int, data: bytes) -> dict[str, Any] | None:
+    """The ledger entry of ``shard`` from its bytes, None where it is damaged or not the one of the index."""
+    per_shard = store.info.tiling.chunks_per_shard
+    chunks = slice(shard * per_shard, (shard + 1) * per_shard)
+    try:
+        entry = dict(json.loads(data))
+        fits = entry["rows_per_chunk"] == store.index.rows_per_chunk()[chunks].tolist() and all(
+            entry["checksums"][array] == checksum_text(store.index.checksums(array)[chunks]) for array in store.layouts
+        )
+    except (ValueError, TypeError, KeyError):
+        return None
+    return entry if fits else None

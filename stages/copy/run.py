@@ -1,14 +1,26 @@
-"""An activation store in another shape. Statistics are taken anew from what is written."""
+"""An activation store in another shape.
+
+Shards that stay as they are go over as they are, with their statistics; those of the others are taken anew from what is
+written.
+"""
+
+from typing import Any
 
 import numpy as np
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.formats.activations import ActivationStore, ActivationWriter, StoreInfo, finish_contents
+from saex_pipe.common.formats.activations import (
+    DTYPES,
+    ActivationStore,
+    ActivationWriter,
+    StoreInfo,
+    finish_contents,
+)
 from saex_pipe.common.formats.int8 import Channels
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.formats.statistics import ActivationStatistics
-from saex_pipe.common.formats.store_info import given_dtypes
+from saex_pipe.common.formats.store_copy import copy_shard
 from saex_pipe.common.formats.zarr_array import Tiling
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.common.preemption import graceful_stop
@@ -25,24 +37,35 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         source = ActivationStore(config.store, config.taps)
         info = _info(config, source)
         writer, finished = ActivationWriter(output.folder, info), output.finished_shards()
-        shards, given = info.tiling.shards(info.windows), given_dtypes(info.dtypes)
+        shards = info.tiling.shards(info.windows)
         done = sum(len(shards[shard]) for shard in finished)
         with progress("copying", info.windows, "windows", done=done, log=output.metrics) as bar:
             for shard, windows in enumerate(shards):
                 if shard in finished:
                     continue
-                with np.errstate(over="ignore"):  # what float16 cannot hold is refused when it is written
-                    acts = {tap: source.acts(tap, windows).astype(given[tap], copy=False) for tap in info.taps}
-                entry = writer.write_shard(windows, source.tokens(windows), source.keep(windows), acts)
+                entry = copy_shard(source, shard, output.folder, info) or _rewritten(source, writer, windows)
                 output.commit_shard(shard, entry)
-                bar.advance(len(windows), bytes=sum(acts_NLD.nbytes for acts_NLD in acts.values()))
+                bar.advance(len(windows), bytes=len(windows) * info.shard_bytes // info.tiling.shard_windows)
                 stop.raise_if_requested()
         contents = finish_contents(output.folder, info, output.ledger())
         contents["outlier_share"] = source.manifest.contents["outlier_share"]
+        old_error = source.manifest.contents["added_error"]  # which rows that were in one byte keep
+        contents["added_error"] |= {tap: old_error[tap] for tap in info.channels if tap in old_error}
         tokens = info.windows * info.window_length
         return output.finish(
             contents=contents, totals={"tokens": tokens, "rows": contents["rows"], "bytes": info.activation_bytes}
         )
+
+
+def _rewritten(source: ActivationStore, writer: ActivationWriter, windows: range) -> dict[str, Any]:
+    """Write one shard from the rows of ``source``, and return its ledger entry."""
+    acts = {tap: source.acts(tap, windows) for tap in writer.info.taps}
+    with np.errstate(over="ignore"):  # what float16 cannot hold is refused when it is written
+        acts = {
+            tap: found if (dtype := writer.info.dtypes[tap]) == "int8" else found.astype(DTYPES[dtype], copy=False)
+            for tap, found in acts.items()
+        }
+    return writer.write_shard(windows, source.tokens(windows), source.keep(windows), acts)
 
 
 def _info(config: Config, source: ActivationStore) -> StoreInfo:

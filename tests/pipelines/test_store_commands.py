@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
+from old_store import make_old
 
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.activations import ActivationStore
@@ -92,6 +93,18 @@ def lose_entry(store):
     (store / "ledger" / "000002.json").unlink()
 
 
+def cut_entry(store):
+    path = store / "ledger" / "000002.json"
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def swap_entries(store):
+    one, other = (store / "ledger" / f"{number:06d}.json" for number in (0, 3))
+    first = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(first)
+
+
 def spoil_metadata(store):
     path = store / "keep" / "zarr.json"
     path.write_text(path.read_text().replace('"shape":[40,32]', '"shape":[41,32]'))
@@ -114,6 +127,8 @@ FAULTS = {
     swap_chunks: [f"acts/{TAP} shard 1: windows {a} to {a + 3}: not what was written there" for a in (8, 12)],
     spoil_index: ["keep shard 1: its index is not that of its chunks"],
     lose_entry: ["ledger shard 2: has no entry"],
+    cut_entry: ["ledger shard 2: its entry does not fit the index"],
+    swap_entries: [f"ledger shard {number}: its entry does not fit the index" for number in (0, 3)],
     spoil_metadata: ["keep: its zarr.json does not describe the array in the manifest"],
 }
 
@@ -133,6 +148,20 @@ def test_verify_names_exactly_what_is_wrong_and_repair_mends_it(place, store, fa
     capsys.readouterr()
     run("verify", store)
     assert "all 5 shards are as they were written" in capsys.readouterr().out
+
+
+def test_totals_that_are_not_those_of_the_index_are_found_and_mended(place, store, capsys):
+    path = store / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["contents"]["rows"] += 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(SaexError, match="1 findings"):
+        run("verify", store)
+    assert capsys.readouterr().out == "manifest.json: its rows are not as many as those in the index\n"
+    run("repair", store)
+    original = json.loads((place / "whole" / "manifest.json").read_text())
+    repaired = json.loads(path.read_text())
+    assert (repaired["contents"], repaired["digest"]) == (original["contents"], original["digest"])
 
 
 def test_repair_makes_only_the_bad_shards(store, monkeypatch):
@@ -270,15 +299,30 @@ def test_a_copy_may_have_another_type_and_another_cut(store, tmp_path):
     np.testing.assert_array_equal(found.tokens(range(30)), original.tokens(range(30)))
 
 
+def test_a_store_of_version_1_is_migrated_and_then_can_be_repaired(place, store, capsys):
+    make_old(store)
+    with pytest.raises(InputError, match="has schema version 1, this version of saex-pipe reads 2; 'saex-pipe store migrate"):
+        run("verify", store)
+    run("migrate", store, "--jobs", "2")
+    digest = json.loads((place / "whole" / "manifest.json").read_text())["digest"]
+    assert f"all 5 shards are as they were written; its digest is now {digest}" in capsys.readouterr().out
+    activations = {name: data for name, data in files_of(place / "whole").items() if "/c/" in name}
+    flip(store)
+    run("repair", store)
+    assert {name: data for name, data in files_of(store).items() if "/c/" in name} == activations
+    run("verify", store)
+
+
 def test_prune_deletes_what_nothing_needs_and_only_when_told(store, capsys):
     folder, before = Folder(str(store)), files_of(store)
     folder.write("claims/000001.json", b"{}")
     folder.write(f"acts/{TAP}/c/9/0/0", b"123")
+    folder.write("keep/c/9/0", b"45")
     lock = shard(store, 1).with_name("0.__lock")
     lock.write_bytes(b"12345")
     Folder(str(store.with_name(".store.saex-new"))).write("x", b"1")
     run("prune", store)
-    assert "4 objects of 11 bytes; nothing is deleted without --yes" in capsys.readouterr().out
+    assert "5 objects of 13 bytes; nothing is deleted without --yes" in capsys.readouterr().out
     assert files_of(store) != before
     run("prune", store, "--yes")
     assert files_of(store) == before
