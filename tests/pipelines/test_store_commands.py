@@ -301,7 +301,8 @@ def test_a_copy_may_have_another_type_and_another_cut(store, tmp_path):
 
 def test_a_store_of_version_1_is_migrated_and_then_can_be_repaired(place, store, capsys):
     make_old(store)
-    with pytest.raises(InputError, match="has schema version 1, this version of saex-pipe reads 2; 'saex-pipe store migrate"):
+    refusal = "has schema version 1, this version of saex-pipe reads 2; 'saex-pipe store migrate"
+    with pytest.raises(InputError, match=refusal):
         run("verify", store)
     run("migrate", store, "--jobs", "2")
     digest = json.loads((place / "whole" / "manifest.json").read_text())["digest"]
