@@ -10,8 +10,9 @@ training rows and enter the statistics; later windows are held out.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from saex_pipe.common.formats.chunk_index import ChunkIndex, checksum_text, writ
 from saex_pipe.common.formats.chunk_reads import ChunkReads
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
 from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.formats.shard import EncodedShard
 from saex_pipe.common.formats.statistics import ActivationStatistics
 from saex_pipe.common.formats.store_info import DTYPES, KEEP, STORE, TOKENS, StoreInfo, acts_array, scales_array
 from saex_pipe.common.formats.zarr_array import create_array, create_groups
@@ -123,7 +125,7 @@ class ActivationWriter:
         layout = self._layouts[name]
         assert values.dtype == layout.dtype, f"{name} is {layout.dtype}, not {values.dtype}"
         encoded = layout.encode(values)
-        writes.start(layout.shard_object(self._shard(windows)), encoded.data)
+        writes.start(layout.shard_object(self._shard(windows)), encoded)
         return checksum_text(encoded.checksums)
 
     def _encoded(self, tap: str, acts_NLD: np.ndarray) -> dict[str, np.ndarray]:
@@ -156,28 +158,39 @@ class _Writes:
 
     def __init__(self, folder: Folder, over: Mapping[str, bytes] | None) -> None:
         self._folder, self._over = folder, over
-        self._started: list[tuple[str, bytearray, Any]] = []
+        self._finish: list[Callable[[], None]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
 
-    def start(self, name: str, data: bytearray) -> None:
-        condition = {} if self._over is None else {"if_equal": self._over[name]}
-        self._started.append((name, data, self._folder.objects.write(name, data, **condition)))
+    def start(self, name: str, shard: EncodedShard) -> None:
+        if self._over is None:
+            self._finish.append(self._thread.submit(self._folder.write_pieces, name, shard.pieces).result)
+        else:
+            data = shard.joined()
+            request = self._folder.objects.write(name, data, if_equal=self._over[name])
+            self._finish.append(partial(self._check, name, data, request))
+
+    def _check(self, name: str, data: bytes, request: Any) -> None:
+        try:
+            written = request.result()
+        except (ValueError, OSError) as error:
+            explain_storage_error(error, f"{self._folder.uri}/{name}", "written")
+        # An answer that was lost makes the repeated request fail although the first one has succeeded.
+        if not written.generation and self._folder.read(name) != data:
+            raise Overtaken(name)
 
     def __enter__(self) -> "_Writes":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for name, data, future in self._started:
-            if kind is not None:  # what was begun must not go on behind the back of whoever hears of the failure
-                with suppress(ValueError, OSError):
-                    future.result()
-                continue
+        failed: BaseException | None = None
+        for finish in self._finish:  # all of them: none must go on behind the back of whoever hears of a failure
             try:
-                written = future.result()
-            except (ValueError, OSError) as error:
-                explain_storage_error(error, f"{self._folder.uri}/{name}", "written")
-            # An answer that was lost makes the repeated request fail although the first one has succeeded.
-            if not written.generation and self._folder.read(name) != data:
-                raise Overtaken(name)
+                finish()
+            except (SaexError, InputError, Overtaken) as error:
+                failed = failed or error
+        self._thread.shutdown()
+        if failed is not None and kind is None:
+            raise failed
 
 
 def _not_finite(tap: str, windows: range, dtype: str, has_nan: bool) -> SaexError:

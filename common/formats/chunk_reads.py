@@ -5,10 +5,11 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32, Shaped
+from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
+from saex_pipe.common.formats.local_disk import DiskReads
 from saex_pipe.common.formats.shard import ArrayLayout
 from saex_pipe.common.formats.store_info import KEEP, TOKENS, StoreInfo, acts_array, scales_array
 
@@ -24,7 +25,9 @@ class ChunkReads:
         self._info = info
         self.layouts: Mapping[str, ArrayLayout] = info.layouts()
         self._checksum = checksum
-        self._ahead = _LOCAL_REQUESTS if folder.local_path() is not None else _REMOTE_REQUESTS
+        local = folder.local_path()
+        self._ahead = _LOCAL_REQUESTS if local is not None else _REMOTE_REQUESTS
+        self._disk = None if local is None else DiskReads(local, _LOCAL_REQUESTS)
 
     def tokens(self, windows: range) -> Int32[np.ndarray, "N L"]:
         """Token ids."""
@@ -46,7 +49,10 @@ class ChunkReads:
         return self._info.channels[tap].decode(values_NLD, self._windows(scales_array(tap), windows))
 
     def chunks(self, array: str, chunks: Sequence[int]) -> Iterator[Shaped[np.ndarray, "windows ..."]]:
-        """The windows of each of ``chunks``, as they are stored; some chunks are read ahead."""
+        """The windows of each of ``chunks``, as they are stored, each valid until the next one is asked for.
+
+        Some chunks are read ahead.
+        """
         layout = self.layouts[array]
         pending = ((chunk, self._request(layout, chunk)) for chunk in chunks)
         started = list(islice(pending, self._ahead))
@@ -54,23 +60,35 @@ class ChunkReads:
             chunk, request = started.pop(0)
             data, checksum = self._received(layout, chunk, request), self._checksum(array, chunk)
             yield layout.decode(chunk, data, checksum, self._folder.uri)
+            if self._disk is not None:
+                self._disk.give_back(data)
             started += islice(pending, 1)
+
+    def announce(self, arrays: Sequence[str], chunks: Sequence[int]) -> None:
+        """Say which chunks will be asked for soon: a disk fetches them meanwhile."""
+        if self._disk is not None:
+            places = (self.layouts[array].place(chunk) for chunk in chunks for array in arrays)
+            self._disk.announce((place.object, place.bytes) for place in places)
 
     def _request(self, layout: ArrayLayout, chunk: int) -> Any:
         place = layout.place(chunk)
+        if self._disk is not None:
+            return self._disk.start(place.object, place.bytes)
         return self._folder.objects.read(place.object, byte_range=place.bytes)
 
-    def _received(self, layout: ArrayLayout, chunk: int, request: Any) -> bytes:
+    def _received(self, layout: ArrayLayout, chunk: int, request: Any) -> UInt8[np.ndarray, " bytes"]:
         place = layout.place(chunk)
         try:
             result = request.result()
         except (ValueError, OSError) as error:
             if "OUT_OF_RANGE" not in str(error):
                 explain_storage_error(error, f"{self._folder.uri}/{place.object}", "read")
-            return b""  # the object is shorter: a chunk that is cut off
-        if result.state != "value":
+            return np.empty(0, np.uint8)  # the object is shorter: a chunk that is cut off
+        if self._disk is None:
+            result = np.frombuffer(result.value, np.uint8) if result.state == "value" else None
+        if result is None:
             raise self._missing(layout, chunk)
-        return bytes(result.value)
+        return result
 
     def _missing(self, layout: ArrayLayout, chunk: int) -> SaexError:
         """What to say where the shard of ``chunk`` is not there."""

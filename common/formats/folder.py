@@ -19,8 +19,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import tensorstore as ts
+from jaxtyping import UInt8
 
 from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.formats.local_disk import can_write, write_file
 
 _SCHEMES = ("gs://", "s3://")
 _REQUESTS = 64  # at once
@@ -108,6 +110,16 @@ class Folder:
         try:
             self.objects.write(name, data).result()
         except (ValueError, OSError) as error:
+            explain_storage_error(error, f"{self.uri}/{name}", "written")
+
+    def write_pieces(self, name: str, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> None:
+        """Write object ``name`` whole from the bytes of ``pieces``; on a local disk they are not copied."""
+        local = self.local_path()
+        if local is None or not can_write():
+            return self.write(name, b"".join(piece.data for piece in pieces))
+        try:
+            write_file(local / name, pieces)
+        except OSError as error:
             explain_storage_error(error, f"{self.uri}/{name}", "written")
 
     def read_stamped(self, name: str) -> Stamped:

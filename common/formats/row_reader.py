@@ -122,6 +122,7 @@ class RowReader:
 
     def _begin(self, pool: Pool) -> None:
         room = self._free.pop()
+        self._store.announce((KEEP, *self._arrays), [piece.chunk for piece in self.order.chunks(pool)])
         self._pools[pool] = room, self._reader.submit(self._load, pool, room)
 
     def _release(self, pool: Pool) -> None:

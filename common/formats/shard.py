@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Shaped, UInt32
+from jaxtyping import Shaped, UInt8, UInt32
 
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.zarr_array import Tiling
@@ -24,10 +24,17 @@ _RESIDUE = 0x48674BC7  # crc32c of any bytes followed by their own crc32c
 
 
 class EncodedShard(NamedTuple):
-    """One object, and the crc32c of each of its chunks."""
+    """One object, as pieces that follow one another, and the crc32c of each of its chunks.
 
-    data: bytearray
+    The pieces are views of the values it was made of where those lie in one piece of memory.
+    """
+
+    pieces: list[UInt8[np.ndarray, " bytes"]]
     checksums: UInt32[np.ndarray, " chunks"]
+
+    def joined(self) -> bytes:
+        """The object."""
+        return b"".join(piece.data for piece in self.pieces)
 
 
 class ChunkPlace(NamedTuple):
@@ -86,23 +93,22 @@ class ArrayLayout:
 
     def encode(self, values: Shaped[np.ndarray, "windows ..."]) -> EncodedShard:
         """The object of one shard whose windows are ``values``."""
-        chunks = -(-len(values) // self.tiling.chunk_windows)
-        size, index = self.stored_chunk_bytes, self.index(chunks)
-        data = bytearray(chunks * size + len(index))
-        checksums = np.empty(chunks, "<u4")
-        flat = np.frombuffer(data, np.uint8)
-        for chunk in range(chunks):
-            part = values[chunk * self.tiling.chunk_windows : (chunk + 1) * self.tiling.chunk_windows]
-            body = part.tobytes().ljust(self.chunk_bytes, b"\0")
-            checksums[chunk] = google_crc32c.value(body)
-            place = chunk * size
-            flat[place : place + self.chunk_bytes] = np.frombuffer(body, np.uint8)
-            data[place + self.chunk_bytes : place + size] = checksums[chunk].tobytes()
-        data[chunks * size :] = index
-        return EncodedShard(data, checksums.astype(np.uint32))
+        size = self.chunk_bytes
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        pieces, checksums = [], []
+        for start in range(0, len(flat), size):
+            body = flat[start : start + size]
+            if len(body) < size:
+                body = np.concatenate([body, np.zeros(size - len(body), np.uint8)])
+            checksums.append(google_crc32c.value(body))
+            pieces += [body, np.array(checksums[-1:], "<u4").view(np.uint8)]
+        pieces.append(np.frombuffer(self.index(len(checksums)), np.uint8))
+        return EncodedShard(pieces, np.array(checksums, np.uint32))
 
-    def decode(self, chunk: int, data: bytes, checksum: int, uri: str) -> Shaped[np.ndarray, "windows ..."]:
-        """The windows of ``chunk`` of the store at ``uri``, from the bytes at its ``place``.
+    def decode(
+        self, chunk: int, data: bytes | UInt8[np.ndarray, " bytes"], checksum: int, uri: str
+    ) -> Shaped[np.ndarray, "windows ..."]:
+        """The windows of ``chunk`` of the store at ``uri``, from the bytes at its ``place``, which are not copied.
 
         ``checksum`` is what the ledger says it has.
 
@@ -118,12 +124,12 @@ class ArrayLayout:
         values = np.frombuffer(data, self.dtype, count=self.chunk_bytes // self.dtype.itemsize)
         return values.reshape(self.chunk_shape)[: len(windows)]
 
-    def trouble(self, data: bytes, checksum: int) -> str | None:
+    def trouble(self, data: bytes | UInt8[np.ndarray, " bytes"], checksum: int) -> str | None:
         """What is wrong with the bytes of a chunk, None where nothing is."""
         if len(data) != self.stored_chunk_bytes:
             return f"cut off before the end of its {self.stored_chunk_bytes:,} bytes"
         if google_crc32c.value(data) != _RESIDUE:
             return "damaged: its checksum does not fit"
-        if int.from_bytes(data[-CHECKSUM_BYTES:], "little") != checksum:
+        if int.from_bytes(bytes(data[-CHECKSUM_BYTES:]), "little") != checksum:
             return "not what was written there: its checksum is not the one in the ledger"
         return None

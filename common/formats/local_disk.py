@@ -1,0 +1,139 @@
+"""Whole files and ranges of files on a local disk, without the copies that a request to a key-value store takes.
+
+Files are written as TensorStore's ``file`` driver does it, under the same locks, so that both may write one folder.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from jaxtyping import UInt8
+
+_PIECES = 512  # a call; the system's limit is 1,024
+_OPEN_FILE_LOCKS = hasattr(fcntl, "F_OFD_SETLKW")  # Linux
+
+
+def can_write() -> bool:
+    """Whether this system has the locks that TensorStore takes."""
+    return _OPEN_FILE_LOCKS
+
+
+def write_file(path: Path, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> None:
+    """Write ``pieces`` one after the other as the file ``path``, whole and durable.
+
+    They go to ``path.__lock``, which takes the place of ``path`` once it is on the disk.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.__lock")
+    file = _locked(beside)
+    try:
+        os.ftruncate(file, 0)
+        for start in range(0, len(pieces), _PIECES):
+            _write_all(file, [piece.data for piece in pieces[start : start + _PIECES]])
+        os.fsync(file)
+        os.rename(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(file)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _locked(path: Path) -> int:
+    """``path`` opened for writing by this process alone."""
+    whole_file = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLKW, whole_file)
+            here = os.fstat(file)
+            if (there := _stat(path)) is not None and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                return file
+        except OSError:
+            os.close(file)
+            raise
+        os.close(file)  # whoever held it has renamed it meanwhile
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _write_all(file: int, pieces: list[memoryview]) -> None:
+    while pieces:
+        written = os.writev(file, pieces)
+        if written == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        while pieces and written >= pieces[0].nbytes:
+            written -= pieces.pop(0).nbytes
+        if pieces:
+            pieces[0] = pieces[0][written:]
+
+
+class DiskReads:
+    """Ranges of the files in ``folder``, read by some threads into memory that is used again."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._folder = folder
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="disk-reads")
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._lock = Lock()
+
+    def start(self, name: str, place: slice) -> "Future[UInt8[np.ndarray, ' bytes'] | None]":
+        """Begin to read bytes ``place`` of file ``name``: fewer where it is shorter, None where there is none."""
+        return self._threads.submit(self._read, name, place)
+
+    def announce(self, places: Iterable[tuple[str, slice]]) -> None:
+        """Have the system begin to fetch these parts of files from the disk; they are read later."""
+        self._threads.submit(self._announce, list(places))
+
+    def _announce(self, places: list[tuple[str, slice]]) -> None:
+        for name, place in places:
+            with suppress(OSError):  # whoever reads it will say so
+                file = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.posix_fadvise(file, place.start, place.stop - place.start, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+
+    def give_back(self, data: UInt8[np.ndarray, " bytes"]) -> None:
+        """Let the memory of what was read be used again."""
+        whole = data if data.base is None else data.base
+        with self._lock:
+            self._free.setdefault(whole.nbytes, []).append(whole)
+
+    def _read(self, name: str, place: slice) -> np.ndarray | None:
+        size = place.stop - place.start
+        with self._lock:
+            free = self._free.get(size)
+            buffer = free.pop() if free else np.empty(size, np.uint8)
+        try:
+            file = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self.give_back(buffer)
+            return None
+        try:
+            done = 0
+            while done < size and (count := os.preadv(file, [buffer[done:].data], place.start + done)):
+                done += count
+        finally:
+            os.close(file)
+        return buffer[:done]

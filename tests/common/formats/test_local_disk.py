@@ -1,0 +1,80 @@
+"""Files written without TensorStore, next to files that it writes."""
+
+import errno
+import fcntl
+import os
+import struct
+import threading
+
+import numpy as np
+import pytest
+
+from saex_pipe.common.formats import local_disk
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.local_disk import DiskReads, write_file
+
+PIECES = [np.full(3, number % 256, np.uint8) for number in range(1500)]  # more than one call takes
+DATA = b"".join(map(bytes, PIECES))
+
+
+def test_a_file_is_its_pieces_one_after_the_other(tmp_path):
+    write_file(tmp_path / "deep" / "er" / "file", PIECES)
+    assert (tmp_path / "deep" / "er" / "file").read_bytes() == DATA
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["file"]
+
+
+def test_a_system_that_writes_a_little_at_a_time_is_asked_again(tmp_path, monkeypatch):
+    whole = os.writev
+    monkeypatch.setattr(os, "writev", lambda file, pieces: whole(file, [memoryview(pieces[0])[:2]]))
+    write_file(tmp_path / "file", PIECES[:20])
+    assert (tmp_path / "file").read_bytes() == DATA[:60]
+
+
+def test_what_a_killed_writer_left_behind_is_not_part_of_the_file(tmp_path):
+    (tmp_path / "file.__lock").write_bytes(b"x" * 10_000)
+    write_file(tmp_path / "file", PIECES)
+    assert (tmp_path / "file").read_bytes() == DATA
+    assert not (tmp_path / "file.__lock").exists()
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    def full(file, pieces):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_file(tmp_path / "file", PIECES[:1])
+    monkeypatch.setattr(os, "writev", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "file", PIECES)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [DATA[:3]]
+
+
+@pytest.mark.skipif(not local_disk.can_write(), reason="no open file description locks")
+def test_tensorstore_and_we_wait_for_each_other(tmp_path):
+    """Both write to the same file beside the real one: without a common lock they would mix their bytes."""
+    lock = os.open(tmp_path / "file.__lock", os.O_RDWR | os.O_CREAT)
+    fcntl.fcntl(lock, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+    theirs = Folder(str(tmp_path)).objects.write("file", b"theirs")
+    ours = threading.Thread(target=write_file, args=(tmp_path / "file", PIECES))
+    ours.start()
+    ours.join(0.3)
+    assert ours.is_alive()
+    assert not theirs.done()
+    assert not (tmp_path / "file").exists()
+    os.close(lock)
+    ours.join()
+    theirs.result()
+    assert (tmp_path / "file").read_bytes() in (b"theirs", DATA)
+
+
+def test_ranges_are_read_into_memory_that_is_used_again(tmp_path):
+    (tmp_path / "file").write_bytes(DATA)
+    reads = DiskReads(tmp_path, threads=2)
+    reads.announce([("file", slice(0, 100)), ("absent", slice(0, 100))])
+    first = reads.start("file", slice(30, 60)).result()
+    assert bytes(first) == DATA[30:60]
+    reads.give_back(first)
+    second = reads.start("file", slice(60, 90)).result()
+    assert bytes(second) == DATA[60:90]
+    assert np.shares_memory(first, second)
+    assert bytes(reads.start("file", slice(len(DATA) - 10, len(DATA) + 10)).result()) == DATA[-10:]
+    assert reads.start("absent", slice(0, 4)).result() is None
