@@ -183,12 +183,14 @@ class _Writes:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed: BaseException | None = None
-        for finish in self._finish:  # all of them: none must go on behind the back of whoever hears of a failure
-            try:
-                finish()
-            except (SaexError, InputError, Overtaken) as error:
-                failed = failed or error
-        self._thread.shutdown()
+        try:
+            for finish in self._finish:  # all of them: none must go on behind the back of whoever hears of a failure
+                try:
+                    finish()
+                except (SaexError, InputError, Overtaken) as error:
+                    failed = failed or error
+        finally:
+            self._thread.shutdown()
         if failed is not None and kind is None:
             raise failed
 

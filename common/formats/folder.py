@@ -1,7 +1,7 @@
 """A folder of whole objects on a local disk, ``gs://`` or ``s3://``, through TensorStore's key-value stores.
 
 Every write is one object, atomic and durable when the call returns: on a local disk a temporary file,
-fsync and rename; on an object store a single PUT.
+fsync and rename (``local_disk``); on an object store a single PUT.
 
 Another S3 than Amazon's is named by ``SAEX_S3_ENDPOINT`` (``http://host:port``), with its region in ``AWS_REGION`` and
 the credentials in the environment; for GCS, TensorStore reads ``TENSORSTORE_GCS_HTTP_URL``. A request that a store
@@ -22,7 +22,7 @@ import tensorstore as ts
 from jaxtyping import UInt8
 
 from saex_pipe.common.errors import InputError, SaexError
-from saex_pipe.common.formats.local_disk import can_write, write_file
+from saex_pipe.common.formats.local_disk import can_write, make_folders, sync_folder, write_file
 
 _SCHEMES = ("gs://", "s3://")
 _REQUESTS = 64  # at once
@@ -107,20 +107,29 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write object ``name`` whole: readers see the old bytes or the new, never a part."""
-        try:
-            self.objects.write(name, data).result()
-        except (ValueError, OSError) as error:
-            explain_storage_error(error, f"{self.uri}/{name}", "written")
+        self.write_pieces(name, [np.frombuffer(data, np.uint8)])
 
     def write_pieces(self, name: str, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> None:
         """Write object ``name`` whole from the bytes of ``pieces``; on a local disk they are not copied."""
         local = self.local_path()
-        if local is None or not can_write():
-            return self.write(name, b"".join(piece.data for piece in pieces))
         try:
-            write_file(local / name, pieces)
-        except OSError as error:
+            if local is not None and can_write():
+                write_file(local / name, pieces)
+            else:
+                self.objects.write(name, b"".join(piece.data for piece in pieces)).result()
+        except (ValueError, OSError) as error:
             explain_storage_error(error, f"{self.uri}/{name}", "written")
+
+    def make(self, name: str) -> None:
+        """Make the sub-folder ``name``, durably, for others to write to; an object store has none to make."""
+        local = self.local_path()
+        if local is None:
+            return
+        try:
+            for grown in make_folders(local / name):
+                sync_folder(grown)
+        except OSError as error:
+            explain_storage_error(error, f"{self.uri}/{name}", "created")
 
     def read_stamped(self, name: str) -> Stamped:
         """The bytes of object ``name`` with the generation that they are of."""

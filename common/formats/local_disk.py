@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -17,29 +18,57 @@ import numpy as np
 from jaxtyping import UInt8
 
 _PIECES = 512  # a call; the system's limit is 1,024
-_OPEN_FILE_LOCKS = hasattr(fcntl, "F_OFD_SETLKW")  # Linux
 
 
 def can_write() -> bool:
     """Whether this system has the locks that TensorStore takes."""
-    return _OPEN_FILE_LOCKS
+    return sys.platform == "linux"
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make ``folder`` and those above it that are missing.
+
+    Returns:
+        Those that have a new entry, from the lowest up: it lasts once they are given to ``sync_folder``.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for place in reversed(missing):
+        place.mkdir(exist_ok=True)  # another may have made it meanwhile
+    return [place.parent for place in missing]
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in ``folder`` are on the disk: a file that is there without its name is lost."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_file(path: Path, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> None:
     """Write ``pieces`` one after the other as the file ``path``, whole and durable.
 
-    They go to ``path.__lock``, which takes the place of ``path`` once it is on the disk.
+    They go to ``path.__lock``, which takes the place of ``path`` once it is on the disk. Folders that are missing are
+    made, and are on the disk with it.
 
     Raises:
         OSError: as the system says it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    grown = make_folders(path.parent)
     beside = path.with_name(f"{path.name}.__lock")
     file = _locked(beside)
     try:
         os.ftruncate(file, 0)
-        for start in range(0, len(pieces), _PIECES):
-            _write_all(file, [piece.data for piece in pieces[start : start + _PIECES]])
+        filled = [piece.data for piece in pieces if piece.nbytes]
+        for start in range(0, len(filled), _PIECES):
+            _write_all(file, filled[start : start + _PIECES])
         os.fsync(file)
         os.rename(beside, path)
     except OSError:
@@ -47,11 +76,8 @@ def write_file(path: Path, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> Non
         raise
     finally:
         os.close(file)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    for folder in (path.parent, *grown):
+        sync_folder(folder)
 
 
 def _locked(path: Path) -> int:
@@ -102,7 +128,9 @@ class DiskReads:
         return self._threads.submit(self._read, name, place)
 
     def announce(self, places: Iterable[tuple[str, slice]]) -> None:
-        """Have the system begin to fetch these parts of files from the disk; they are read later."""
+        """Have the system begin to fetch these parts of files from the disk, where it can; they are read later."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
         self._threads.submit(self._announce, list(places))
 
     def _announce(self, places: list[tuple[str, slice]]) -> None:

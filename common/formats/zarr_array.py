@@ -74,6 +74,7 @@ def create_array(folder: Folder, name: str, *, shape: tuple[int, ...], dtype: st
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }
+    folder.make(name)  # TensorStore does not see to it that the folders it makes last
     try:
         return ts.open(spec, open=True, create=True, context=ts.Context(folder.context)).result()
     except (ValueError, OSError) as error:

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import struct
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -21,6 +23,11 @@ def test_a_file_is_its_pieces_one_after_the_other(tmp_path):
     write_file(tmp_path / "deep" / "er" / "file", PIECES)
     assert (tmp_path / "deep" / "er" / "file").read_bytes() == DATA
     assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["file"]
+
+
+def test_a_file_may_be_empty(tmp_path):
+    write_file(tmp_path / "file", [np.zeros(0, np.uint8)])
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 def test_a_system_that_writes_a_little_at_a_time_is_asked_again(tmp_path, monkeypatch):
@@ -46,6 +53,73 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_file(tmp_path / "file", PIECES)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [DATA[:3]]
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_then_the_names_of_its_folders(tmp_path, monkeypatch):
+    """What a power cut leaves cannot be tested; that nothing is left to it can."""
+    happened, fsync, rename, writev = [], os.fsync, os.rename, os.writev
+
+    def record(what, call, path_of):
+        def recorded(*arguments):
+            path = path_of(*arguments)
+            happened.append((what, "" if path == str(tmp_path) else path.removeprefix(f"{tmp_path}/")))
+            return call(*arguments)
+
+        return recorded
+
+    def open_at(file, *_):
+        return os.readlink(f"/proc/self/fd/{file}")
+
+    monkeypatch.setattr(os, "writev", record("write", writev, open_at))
+    monkeypatch.setattr(os, "fsync", record("sync", fsync, open_at))
+    monkeypatch.setattr(os, "rename", record("rename", rename, lambda _, target: str(target)))
+    (tmp_path / "acts").mkdir()
+    write_file(tmp_path / "acts" / "c" / "0" / "file", PIECES[:3])
+    assert happened == [
+        ("write", "acts/c/0/file.__lock"),
+        ("sync", "acts/c/0/file.__lock"),
+        ("rename", "acts/c/0/file"),
+        ("sync", "acts/c/0"),
+        ("sync", "acts/c"),
+        ("sync", "acts"),
+    ]
+    happened.clear()
+    write_file(tmp_path / "acts" / "c" / "0" / "other", PIECES[:3])
+    assert [place for what, place in happened if what == "sync"] == ["acts/c/0/other.__lock", "acts/c/0"]
+    happened.clear()
+    Folder(str(tmp_path)).make("new/er")
+    assert happened == [("sync", "new"), ("sync", "")]
+
+
+RACE = """
+import sys
+from pathlib import Path
+import numpy as np
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.local_disk import write_file
+
+place, mark = Path(sys.argv[1]), int(sys.argv[2])
+data = np.full(100_000 + mark, mark, np.uint8)
+for _ in range(60):
+    if mark % 2:
+        write_file(place / "deep" / "file", [data[:7], data[7:]])
+    else:
+        Folder(str(place / "deep")).objects.write("file", data.tobytes()).result()
+"""
+
+
+def test_processes_that_race_leave_the_whole_file_of_one_of_them(tmp_path):
+    command = [sys.executable, "-c", RACE, str(tmp_path)]
+    writers = [subprocess.Popen([*command, str(mark)]) for mark in (1, 2, 3, 4)]
+    file, seen = tmp_path / "deep" / "file", set()
+    while any(writer.poll() is None for writer in writers):
+        if file.exists():
+            data = file.read_bytes()
+            assert data == bytes(data[:1]) * (100_000 + data[0])
+            seen.add(data[0])
+    assert [writer.returncode for writer in writers] == [0] * 4
+    assert len(seen) > 1, "they have not raced"
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not local_disk.can_write(), reason="no open file description locks")
