@@ -7,12 +7,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 _PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
 _EVENT_SECONDS = 1.0  # between two JSONL events
 _WATCH_SECONDS = 0.5  # between two looks into a folder that workers fill
 _REMOTE_FLUSH_SECONDS = 60.0  # an object store cannot append: the whole log is written again
+
+
+class EventLog(Protocol):
+    """Something that keeps events."""
+
+    def event(self, **values: Any) -> None:
+        """Record one event."""
 
 
 class MetricsLog:
@@ -57,7 +64,7 @@ class MetricsLog:
 class Progress:
     """Counts one long piece of work in ``unit``; see ``progress``."""
 
-    def __init__(self, label: str, total: int, unit: str, done: int, log: MetricsLog | None, bar: Any) -> None:
+    def __init__(self, label: str, total: int, unit: str, done: int, log: EventLog | None, bar: Any) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = done
         self.this_run = 0  # done since the process started: resumed work does not count towards rates
@@ -98,7 +105,7 @@ class Progress:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str, *, done: int = 0, log: MetricsLog | None = None) -> Iterator[Progress]:
+def progress(label: str, total: int, unit: str, *, done: int = 0, log: EventLog | None = None) -> Iterator[Progress]:
     """Show the progress of ``total`` ``unit`` of work, ``done`` of which an earlier run has finished."""
     if not sys.stderr.isatty():
         yield Progress(label, total, unit, done, log, None)

@@ -21,6 +21,7 @@ import numpy as np
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
 
+KEPT = 2  # checkpoints
 SAE_FILES = ("cfg.json", "sae_weights.safetensors", "saex.json")
 
 
@@ -64,7 +65,10 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 class TrainingState:
-    """The checkpoints of a training run, in ``state/`` of its folder; only the latest is kept.
+    """The checkpoints of a training run, in ``state/`` of its folder; the latest two are kept.
+
+    Several SAEs trained together are saved one after another, and a kill between two of them must leave a step that
+    all of them have.
 
     On an object store each is one object, what Orbax writes to a local disk packed up: whole or not there.
     """
@@ -79,8 +83,10 @@ class TrainingState:
         self._scratch = tempfile.TemporaryDirectory() if local is None else None
         path = Path(self._scratch.name) if self._scratch is not None else Path(f"{local}/state")
         self._packed = None if local is not None else _PackedSteps(folder, path)
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True, enable_async_checkpointing=True)
         self._uri = f"{folder.uri}/state"
+        if self._packed is not None:
+            self._packed.download()
         with self._explained("opened"):
             self._manager = ocp.CheckpointManager(path, options=options)
 
@@ -98,15 +104,14 @@ class TrainingState:
         if self._packed is not None:
             self._packed.wait()
 
-    def restore(self, like: Any) -> tuple[int, Any] | None:
-        """Step and tree of the latest checkpoint, with the shapes and shardings of ``like``; None if there is none."""
-        if self._packed is not None and self._packed.download():
-            self._manager.reload()
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are or are being written, ascending, after 0, which needs none."""
+        return [0, *sorted(self._manager.all_steps())]
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The tree that was saved as the state after ``step`` steps, with the shapes and shardings of ``like``."""
         with self._explained("read"):
-            return step, self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
+            return self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
 
     def __enter__(self) -> "TrainingState":
         return self
@@ -145,15 +150,13 @@ class _PackedSteps:
         if self._upload is not None:
             self._upload.result()
 
-    def download(self) -> bool:
-        """Fetch the latest step; False where there is none."""
-        names = self._folder.list("state/")
-        data = self._folder.read(names[-1]) if names else None
-        if data is None:
-            return False
-        with tarfile.open(fileobj=io.BytesIO(data)) as packed:
-            packed.extractall(self._place, filter="data")
-        return True
+    def download(self) -> None:
+        """Fetch the steps that are kept."""
+        for name in sorted(self._folder.list("state/"))[-KEPT:]:
+            data = self._folder.read(name)
+            if data is not None:
+                with tarfile.open(fileobj=io.BytesIO(data)) as packed:
+                    packed.extractall(self._place, filter="data")
 
     def _keep(self, step: int, finish: Callable[[], None]) -> None:
         finish()
@@ -162,6 +165,5 @@ class _PackedSteps:
             packed.add(self._place / str(step), arcname=str(step))
         name = f"state/{step:012d}.tar"
         self._folder.write(name, buffer.getvalue())
-        for old in self._folder.list("state/"):
-            if old != name:
-                self._folder.delete(old)
+        for old in sorted(self._folder.list("state/"))[:-KEPT]:
+            self._folder.delete(old)

@@ -1,111 +1,179 @@
 """What every SAE variant has in common: its parameters, the statistics it starts from, its loss terms.
 
-A variant is a frozen dataclass of hyperparameters whose methods are pure functions of a parameter dict, so
-that a stack of S parameter dicts can go through ``jax.vmap``. ``variants.VARIANTS`` lists them.
+A variant is a frozen dataclass of hyperparameters whose methods are pure functions of a parameter dict. It is a pytree
+as well: the hyperparameters that ``variant(swept=...)`` names are leaves, so that SAEs which differ in them alone go
+through ``jax.vmap`` as one stack, and all others are static. ``variants.VARIANTS`` lists the variants.
 
-Input and target may differ (a transcoder): ``D_in`` is the width of the input, ``D_out`` that of the target.
+Input and target may differ (a transcoder): ``D_in`` is the width of the input, ``D_out`` that of the target. A
+crosscoder reads and writes several taps, concatenated: both are the sum of ``tap_widths``.
 """
 
-from typing import Literal, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, TypeVar, dataclass_transform
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-# float32 arrays w_enc_DF [D_in, F], b_enc_F [F], w_dec_FD [F, D_out], b_dec_D [D_out].
+from saex_pipe.common.sae.compute import PLAIN, Compute
+from saex_pipe.common.sae.initial import DataStats, Initial, initial_params
+from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.reconstruction import Reconstruction
+
+# Float32 arrays w_enc_DF [D_in, F], b_enc_F [F], w_dec_FD [F, D_out], b_dec_D [D_out]; with ``skip`` w_skip_DD
+# [D_in, D_out] too, and whatever else a variant has. Latents are the axis called F in the name.
 Params = dict[str, Array]
 
-# What matmuls read. They always accumulate in float32; weights, biases and statistics stay float32.
-ComputeDtype = Literal["float32", "bfloat16"]
+DecoderRows = Literal["unit", "at_most_unit", "free"]
+V = TypeVar("V")
+PLAIN_START = Initial()
 
 
-class DataStats(NamedTuple):
-    """Statistics of the training rows, in the (normalised) units the SAE is trained in."""
+class Moment(NamedTuple):
+    """What a loss may know of the training around its batch. Float32 scalars and counts of one SAE."""
 
-    input_mean_D: Float[Array, " D_in"]
-    target_mean_D: Float[Array, " D_out"]  # equals input_mean_D except for a transcoder
+    dead_F: Bool[Array, " F"]  # has not fired for so long that it counts as dead
+    frequency_F: Float[Array, " F"]  # share of the recent rows on which the latent fired
+    sparsity_scale: Float[Array, ""]  # multiplies the sparsity coefficient: its schedule
+    fraction_done: Float[Array, ""]  # of all steps, 0 at the first
+
+    @staticmethod
+    def plain(latents: int) -> "Moment":
+        """No latent dead, all firing rarely, full penalty, at the end of training."""
+        return Moment(jnp.zeros(latents, bool), jnp.full(latents, 1e-3), jnp.ones(()), jnp.ones(()))
 
 
 class LossTerms(NamedTuple):
     """The loss of one batch and what it is made of. A term that a variant does not have is 0."""
 
     total: Float[Array, ""]  # what is minimised
-    reconstruction: Float[Array, ""]  # topk: fraction of the batch variance; relu: squared error per row
+    reconstruction: Float[Array, ""]  # as it enters ``total``, in the unit of the variant's ``reconstruction``
     sparsity: Float[Array, ""]  # penalty as it enters ``total``
-    auxiliary: Float[Array, ""]  # dead-latent loss as it enters ``total``
+    auxiliary: Float[Array, ""]  # dead-latent and other losses as they enter ``total``
     l0: Float[Array, ""]  # active latents per row
     fvu: Float[Array, ""]  # fraction of the batch's variance left unexplained
-    fired_F: Bool[Array, " F"]  # latent was active on at least one row
+    active_F: Int[Array, " F"]  # rows of the batch on which the latent was active
 
 
-class Variant(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Variant(ABC):
     """The contract; ``tests/common/sae/test_contract.py`` holds every variant to it."""
 
-    @property
-    def latents(self) -> int:
-        """Number of latents F."""
-
-    @property
-    def transcoder(self) -> bool:
-        """True if input and target are different activations."""
+    latents: int  # F
+    transcoder: bool = False  # input and target are different activations
+    skip: bool = False  # a transcoder's linear path from input to target beside the latents
+    tap_widths: tuple[int, ...] = ()  # of a crosscoder's taps, which input and target are concatenations of
+    decoder_rows: DecoderRows = "free"  # what ``constrain`` keeps the lengths of the decoder's rows at
+    centred: bool = True  # encode x - b_dec rather than x; a transcoder never does
+    reconstruction: Reconstruction = "squared"
+    initial: Initial = PLAIN_START
 
     def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:
         """Parameters at step 0."""
+        return initial_params(
+            self.initial, key, self.latents, stats, centred=self.subtracts_decoder_bias, skip=self.skip
+        )
 
-    def encode(
-        self, params: Params, x_BD: Float[Array, "B D_in"], compute_dtype: ComputeDtype = "float32"
-    ) -> Float[Array, "B F"]:
+    @abstractmethod
+    def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
         """Codes of the rows, non-negative, float32."""
 
-    def decode(
-        self, params: Params, codes_BF: Float[Array, "B F"], compute_dtype: ComputeDtype = "float32"
-    ) -> Float[Array, "B D_out"]:
-        """Reconstruction from codes, float32."""
-
-    def reconstruct(
-        self, params: Params, x_BD: Float[Array, "B D_in"], compute_dtype: ComputeDtype = "float32"
-    ) -> Float[Array, "B D_out"]:
-        """``decode(encode(x))``, float32."""
-
+    @abstractmethod
     def loss(
         self,
         params: Params,
         x_BD: Float[Array, "B D_in"],
         target_BD: Float[Array, "B D_out"],
-        dead_F: Bool[Array, " F"],
-        compute_dtype: ComputeDtype = "float32",
-        sparsity_scale: float | Float[Array, ""] = 1.0,
+        moment: Moment,
+        compute: Compute = PLAIN,
     ) -> tuple[Float[Array, ""], LossTerms]:
-        """Loss of one batch; ``sparsity_scale`` multiplies the sparsity penalty (its warm-up)."""
+        """Loss of one batch."""
+
+    @abstractmethod
+    def default_learning_rate(self) -> float:
+        """Peak learning rate for Adam, scaled with the number of latents where the source says so."""
+
+    def decode(
+        self, params: Params, codes_BF: Float[Array, "B F"], compute: Compute = PLAIN
+    ) -> Float[Array, "B D_out"]:
+        """Reconstruction from codes, float32, without the skip path."""
+        return matmul(codes_BF, params["w_dec_FD"], compute.dtype) + params["b_dec_D"][None]
+
+    def reconstruct(
+        self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN
+    ) -> Float[Array, "B D_out"]:
+        """``decode(encode(x))`` and the skip path, float32."""
+        return self.with_skip(params, x_BD, self.decode(params, self.encode(params, x_BD, compute), compute), compute)
+
+    @property
+    def subtracts_decoder_bias(self) -> bool:
+        """Whether ``b_dec`` is taken off the input before it is encoded."""
+        return self.centred and not self.transcoder
+
+    def centre(self, params: Params, x_BD: Float[Array, "B D_in"]) -> Float[Array, "B D_in"]:
+        """What the encoder's matrix reads."""
+        return x_BD - params["b_dec_D"][None] if self.subtracts_decoder_bias else x_BD
+
+    def pre_activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Float[Array, "B F"]:
+        """``(x - b_pre) W_enc + b_enc``, float32."""
+        return matmul(self.centre(params, x_BD), params["w_enc_DF"], compute.dtype) + params["b_enc_F"][None]
+
+    def with_skip(
+        self, params: Params, x_BD: Float[Array, "B D_in"], recon_BD: Float[Array, "B D_out"], compute: Compute
+    ) -> Float[Array, "B D_out"]:
+        """``recon_BD``, and with ``skip`` the linear path from the input."""
+        return recon_BD + matmul(x_BD, params["w_skip_DD"], compute.dtype) if self.skip else recon_BD
+
+    def decoder_norms(self, params: Params) -> Float[Array, " F"]:
+        """Lengths of the decoder's rows; of a crosscoder the sum of the lengths in each of its taps."""
+        return row_norms(params["w_dec_FD"], self.tap_widths)
 
     def project_gradients(self, params: Params, gradients: Params) -> Params:
         """Remove the part of the gradients that ``constrain`` would undo."""
+        if self.decoder_rows == "free":
+            return gradients
+        w_dec_FD, gradient_FD = params["w_dec_FD"], gradients["w_dec_FD"]
+        along_F = jnp.sum(gradient_FD * w_dec_FD, axis=1)
+        square_F = jnp.sum(jnp.square(w_dec_FD), axis=1)
+        if self.decoder_rows == "at_most_unit":  # only at the limit, and only what points out of it
+            along_F = jnp.where((square_F >= 1 - 1e-6) & (along_F < 0), along_F, 0.0)
+        scale_F1 = (along_F / jnp.maximum(square_F, 1e-30))[:, None]
+        return {**gradients, "w_dec_FD": gradient_FD - scale_F1 * w_dec_FD}
 
     def constrain(self, params: Params) -> Params:
         """Bring the parameters back onto the variant's constraint after an update."""
+        if self.decoder_rows == "free":
+            return params
+        norms_F1 = jnp.linalg.norm(params["w_dec_FD"], axis=1, keepdims=True)
+        limit_F1 = norms_F1 if self.decoder_rows == "unit" else jnp.maximum(norms_F1, 1.0)
+        return {**params, "w_dec_FD": params["w_dec_FD"] / jnp.maximum(limit_F1, 1e-30)}
 
-    def default_learning_rate(self) -> float:
-        """Peak learning rate for Adam, scaled with the number of latents."""
-
-
-def unit_rows(w_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
-    """``w_FD`` with every row scaled to length 1."""
-    return w_FD / jnp.linalg.norm(w_FD, axis=1, keepdims=True)
-
-
-def without_parallel(w_FD: Float[Array, "F D"], gradient_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
-    """``gradient_FD`` without its component along the rows of ``w_FD``, which have unit length."""
-    return gradient_FD - jnp.sum(gradient_FD * w_FD, axis=1, keepdims=True) * w_FD
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Parameters that learn at another rate than the others, and how many times that rate."""
+        return {}
 
 
-def squared_error_and_variance(
-    target_BD: Float[Array, "B D"], recon_BD: Float[Array, "B D"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums over rows and axes of (target - recon)^2 and of (target - batch mean)^2."""
-    centred_BD = target_BD - jnp.mean(target_BD, axis=0, keepdims=True)
-    return jnp.sum(jnp.square(target_BD - recon_BD)), jnp.sum(jnp.square(centred_BD))
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def variant(*, swept: tuple[str, ...] = ()) -> Callable[[type[V]], type[V]]:
+    """Make a class a variant: a frozen dataclass, and a pytree whose leaves are the fields ``swept`` (floats)."""
+
+    def register(cls: type[V]) -> type[V]:
+        made = dataclass(frozen=True, kw_only=True)(cls)
+        static = [field.name for field in fields(made) if field.name not in swept]  # type: ignore[arg-type]
+        return jax.tree_util.register_dataclass(made, data_fields=list(swept), meta_fields=static)
+
+    return register
 
 
-def ratio_or_zero(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
-    """numerator / denominator, and 0 (with a gradient of 0) where the denominator is 0."""
-    usable = denominator > 0
-    return jnp.where(usable, numerator, 0.0) / jnp.where(usable, denominator, 1.0)
+def row_norms(w_FD: Float[Array, "F D"], tap_widths: tuple[int, ...] = ()) -> Float[Array, " F"]:
+    """Lengths of the rows, or sums over ``tap_widths`` of the lengths of their parts. A row of zeros has gradient 0."""
+    if not tap_widths:
+        square_F = jnp.sum(jnp.square(w_FD), axis=1)
+        return jnp.where(square_F > 0, jnp.sqrt(jnp.where(square_F > 0, square_F, 1.0)), 0.0)
+    norms, start = [], 0
+    for width in tap_widths:
+        norms.append(row_norms(w_FD[:, start : start + width]))
+        start += width
+    return jnp.sum(jnp.stack(norms), axis=0)

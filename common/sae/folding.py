@@ -1,44 +1,48 @@
 """From the units of training to the units of the raw activations, exactly once, on export.
 
-An SAE is trained on scaled rows, x' = c x. There are two equivalent ways to undo that; this one keeps the latents in
-their training scale (as SAELens does):
+An SAE is trained on scaled rows, x' = c x, with a factor c for every dimension. There are two equivalent ways to undo
+that; this one keeps the latents in their training scale (as SAELens does):
 
-    W_enc <- c_in W_enc      b_enc <- b_enc      W_dec <- W_dec / c_out      b_dec <- b_dec / c_out
+    W_enc <- c_in W_enc      W_dec <- W_dec / c_out      b_dec <- b_dec / c_out      W_skip <- c_in W_skip / c_out
+
+and what acts on latents (b_enc, thresholds) stays as it is.
 """
 
 import jax.numpy as jnp
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.contract import Params, Variant
+from saex_pipe.common.sae.normalisation import Normalisers
 
 
-def fold(variant: Variant, params: Params, input_scale: float, output_scale: float | None = None) -> Params:
+def fold(variant: Variant, params: Params, normalisers: Normalisers) -> Params:
     """Parameters that take raw input and give raw output.
 
     Args:
         variant: the variant that ``params`` belong to.
         params: as trained, in scaled units.
-        input_scale: c_in; the training input was c_in times the raw one. Above 0.
-        output_scale: c_out of the target; a transcoder's own, otherwise equal to ``input_scale`` (None).
+        normalisers: that brought input and target to those units; equal but for a transcoder.
 
     Raises:
-        InputError: a scale is not above 0, or the two differ although input and target are the same activations.
+        InputError: a factor is not above 0, or the two differ although input and target are the same activations.
     """
-    output_scale = input_scale if output_scale is None else output_scale
-    for name, scale in (("input_scale", input_scale), ("output_scale", output_scale)):
-        if not 0 < scale < float("inf"):
-            raise InputError(f"{name} = {scale} is not above 0", "check the statistics of the activation store")
-    if not variant.transcoder and input_scale != output_scale:
-        raise InputError(
-            f"input_scale = {input_scale} differs from output_scale = {output_scale}",
-            "only a transcoder has two scales",
-        )
-    return {
-        "w_enc_DF": params["w_enc_DF"] * input_scale,
-        "b_enc_F": params["b_enc_F"],
-        "w_dec_FD": params["w_dec_FD"] / output_scale,
-        "b_dec_D": params["b_dec_D"] / output_scale,
+    in_D, out_D = normalisers.input.scale_D, normalisers.target.scale_D
+    for side, scale_D in zip(("input", "target"), (in_D, out_D), strict=True):
+        if not bool(jnp.all((scale_D > 0) & jnp.isfinite(scale_D))):
+            raise InputError(
+                f"a factor of the {side}'s normalisation is not above 0", "check the statistics of the activation store"
+            )
+    if not variant.transcoder and not bool(jnp.array_equal(in_D, out_D)):
+        raise InputError("input and target are normalised differently", "only a transcoder has two normalisations")
+    folded = {
+        **params,
+        "w_enc_DF": params["w_enc_DF"] * in_D[:, None],
+        "w_dec_FD": params["w_dec_FD"] / out_D[None],
+        "b_dec_D": params["b_dec_D"] / out_D,
     }
+    if variant.skip:
+        folded["w_skip_DD"] = params["w_skip_DD"] * in_D[:, None] / out_D[None]
+    return folded
 
 
 def fold_decoder_norms(params: Params) -> Params:

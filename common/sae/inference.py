@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saex_pipe.common.sae.contract import ComputeDtype, Params, Variant
+from saex_pipe.common.sae.compute import PLAIN, Compute
+from saex_pipe.common.sae.contract import Params, Variant
 from saex_pipe.common.sae.sparse import ActiveCodes
 from saex_pipe.common.sae.topk import TopK
 
@@ -21,7 +22,7 @@ class SparseCodes(NamedTuple):
     active_B: Int[Array, " B"]  # active latents of the row, int32; above K if some did not fit
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["variant", "compute_dtype"])
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["variant", "compute"])
 @dataclass(frozen=True)
 class Sae:
     """Variant and parameters in raw units (``folding.fold`` or ``saelens.from_saelens``); a pytree.
@@ -31,7 +32,7 @@ class Sae:
 
     variant: Variant
     params: Params
-    compute_dtype: ComputeDtype = "float32"
+    compute: Compute = PLAIN
 
     @property
     def latents(self) -> int:
@@ -42,20 +43,20 @@ class Sae:
     def encode(self, x: Float[Array, "*rows D_in"]) -> Float[Array, "*rows F"]:
         """Codes, dense."""
         x_BD = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        return self.variant.encode(self.params, x_BD, self.compute_dtype).reshape(*x.shape[:-1], self.latents)
+        return self.variant.encode(self.params, x_BD, self.compute).reshape(*x.shape[:-1], self.latents)
 
     @jax.jit
     def decode(self, codes: Float[Array, "*rows F"]) -> Float[Array, "*rows D_out"]:
         """Reconstruction from dense codes."""
         codes_BF = codes.reshape(-1, self.latents).astype(jnp.float32)
-        recon_BD = self.variant.decode(self.params, codes_BF, self.compute_dtype)
+        recon_BD = self.variant.decode(self.params, codes_BF, self.compute)
         return recon_BD.reshape(*codes.shape[:-1], recon_BD.shape[-1])
 
     @jax.jit
     def reconstruct(self, x: Float[Array, "*rows D_in"]) -> Float[Array, "*rows D_out"]:
         """What the SAE makes of ``x``: the function to splice into a language model."""
         x_BD = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        recon_BD = self.variant.reconstruct(self.params, x_BD, self.compute_dtype)
+        recon_BD = self.variant.reconstruct(self.params, x_BD, self.compute)
         return recon_BD.reshape(*x.shape[:-1], recon_BD.shape[-1])
 
     @partial(jax.jit, static_argnames="limit")
@@ -63,9 +64,9 @@ class Sae:
         """The ``limit`` largest codes of each row; without a limit the k of a TopK SAE, else all F latents."""
         x_BD = x_BD.astype(jnp.float32)
         if isinstance(self.variant, TopK):
-            active = self.variant.active(self.params, x_BD, self.compute_dtype)
+            active = self.variant.active(self.params, x_BD, self.compute)
             active_B = jnp.sum(active.values_BK > 0, axis=1, dtype=jnp.int32)
             return SparseCodes(active.values_BK[:, :limit], active.latents_BK[:, :limit], active_B)
-        codes_BF = self.variant.encode(self.params, x_BD, self.compute_dtype)
+        codes_BF = self.variant.encode(self.params, x_BD, self.compute)
         active = ActiveCodes(*jax.lax.top_k(codes_BF, min(limit or self.latents, self.latents)))
         return SparseCodes(*active, jnp.sum(codes_BF > 0, axis=1, dtype=jnp.int32))

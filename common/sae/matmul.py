@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from saex_pipe.common.sae.contract import ComputeDtype
+from saex_pipe.common.sae.compute import ComputeDtype
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int], compute_dtype: ComputeDtype) -> Array:

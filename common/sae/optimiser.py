@@ -39,7 +39,7 @@ def global_norm(gradients: Any) -> Float[Array, ""]:
     return jnp.sqrt(sum((jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)), start=jnp.zeros((), jnp.float32)))
 
 
-def adam(peak_learning_rate: float, total_steps: int) -> optax.GradientTransformation:
+def adam(total_steps: int, peak_learning_rate: float = 1.0) -> optax.GradientTransformation:
     """Clip to a global norm of 1, then Adam (0.9, 0.999, 6.25e-10) under ``learning_rate``.
 
     Equals ``optax.chain(clip_by_global_norm, scale_by_adam, scale_by_learning_rate)``; written out because that

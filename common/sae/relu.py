@@ -13,93 +13,58 @@ linearly over the first 5 % of the steps. The decoder is not constrained: weight
 to shrink codes and grow rows.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from saex_pipe.common.sae.contract import (
-    ComputeDtype,
-    DataStats,
-    LossTerms,
-    Params,
-    ratio_or_zero,
-    squared_error_and_variance,
-)
-from saex_pipe.common.sae.initial import decoder_transpose
-from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.compute import PLAIN, Compute
+from saex_pipe.common.sae.contract import LossTerms, Moment, Params, Variant, variant
+from saex_pipe.common.sae.initial import Initial
+from saex_pipe.common.sae.reconstruction import fit
 
 
-@dataclass(frozen=True, kw_only=True)
-class Relu:
-    """Hyperparameters; the equations are at the head of the file."""
+@variant(swept=("sparsity_coefficient",))
+class Relu(Variant):
+    """Hyperparameters; the equations are at the head of the file.
 
-    latents: int
+    The update starts its biases at 0; here they start so that they centre input and output, which spares the first
+    steps of learning it.
+    """
+
     sparsity_coefficient: float  # lambda
-    decoder_norm: float = 0.1  # length of the decoder rows at the start
-    transcoder: bool = False
+    centred: bool = False
+    initial: Initial = Initial(decoder_norm=0.1)
 
-    def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:
-        """Random decoder rows, encoder their transpose, biases that centre input and output.
-
-        The update starts its biases at 0; starting them at the mean spares the first steps of learning it.
-        """
-        return decoder_transpose(key, self.latents, stats, self.decoder_norm, centred_by_encoder=True)
-
-    def encode(
-        self, params: Params, x_BD: Float[Array, "B D_in"], compute_dtype: ComputeDtype = "float32"
-    ) -> Float[Array, "B F"]:
+    def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
         """Codes of the rows."""
-        return jax.nn.relu(matmul(x_BD, params["w_enc_DF"], compute_dtype) + params["b_enc_F"][None])
-
-    def decode(
-        self, params: Params, codes_BF: Float[Array, "B F"], compute_dtype: ComputeDtype = "float32"
-    ) -> Float[Array, "B D_out"]:
-        """Reconstruction from codes."""
-        return matmul(codes_BF, params["w_dec_FD"], compute_dtype) + params["b_dec_D"][None]
-
-    def reconstruct(
-        self, params: Params, x_BD: Float[Array, "B D_in"], compute_dtype: ComputeDtype = "float32"
-    ) -> Float[Array, "B D_out"]:
-        """``decode(encode(x))``."""
-        return self.decode(params, self.encode(params, x_BD, compute_dtype), compute_dtype)
+        return jax.nn.relu(self.pre_activations(params, x_BD, compute))
 
     def loss(
         self,
         params: Params,
         x_BD: Float[Array, "B D_in"],
         target_BD: Float[Array, "B D_out"],
-        dead_F: Bool[Array, " F"],
-        compute_dtype: ComputeDtype = "float32",
-        sparsity_scale: float | Float[Array, ""] = 1.0,
+        moment: Moment,
+        compute: Compute = PLAIN,
     ) -> tuple[Float[Array, ""], LossTerms]:
         """Loss of one batch. Dead latents are left alone: the update has no remedy for them."""
         rows = x_BD.shape[0]
-        codes_BF = self.encode(params, x_BD, compute_dtype)
-        recon_BD = self.decode(params, codes_BF, compute_dtype)
-        error, variance = squared_error_and_variance(target_BD, recon_BD)
-        norms_F = jnp.linalg.norm(params["w_dec_FD"], axis=1)
-        sparsity = sparsity_scale * self.sparsity_coefficient * jnp.dot(jnp.sum(codes_BF, axis=0), norms_F) / rows
+        codes_BF = self.encode(params, x_BD, compute)
+        recon_BD = self.with_skip(params, x_BD, self.decode(params, codes_BF, compute), compute)
+        fitted = fit(self.reconstruction, target_BD, recon_BD)
+        coefficient = moment.sparsity_scale * self.sparsity_coefficient
+        sparsity = coefficient * jnp.dot(jnp.sum(codes_BF, axis=0), self.decoder_norms(params)) / rows
         active_F = jnp.sum(codes_BF > 0, axis=0, dtype=jnp.int32)
-        total = error / rows + sparsity
+        total = fitted.loss + sparsity
         return total, LossTerms(
             total=total,
-            reconstruction=error / rows,
+            reconstruction=fitted.loss,
             sparsity=sparsity,
             auxiliary=jnp.zeros((), jnp.float32),
             l0=jnp.sum(active_F).astype(jnp.float32) / rows,
-            fvu=ratio_or_zero(error, variance),
-            fired_F=active_F > 0,
+            fvu=fitted.fvu,
+            active_F=active_F,
         )
-
-    def project_gradients(self, params: Params, gradients: Params) -> Params:
-        """The gradients: there is no constraint."""
-        return gradients
-
-    def constrain(self, params: Params) -> Params:
-        """The parameters: there is no constraint."""
-        return params
 
     def default_learning_rate(self) -> float:
         """5e-5, the update's value, at every number of latents."""

@@ -60,7 +60,7 @@ def to_saelens(
         "d_sae": variant.latents,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": isinstance(variant, TopK) and not variant.transcoder,
+        "apply_b_dec_to_input": variant.subtracts_decoder_bias,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},

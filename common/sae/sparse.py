@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saex_pipe.common.sae.contract import ComputeDtype
+from saex_pipe.common.sae.compute import ComputeDtype
 from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.select import top_k
 

@@ -1,6 +1,7 @@
-"""One training step: loss, gradients, update, constraint, and the count of rows since each latent fired."""
+"""One training step: loss, gradients, update, constraint, and the counts by which latents are called dead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from saex_pipe.common.sae.contract import ComputeDtype, LossTerms, Params, Variant
-from saex_pipe.common.sae.optimiser import global_norm
+from saex_pipe.common.sae.compute import PLAIN, Compute
+from saex_pipe.common.sae.contract import LossTerms, Moment, Params, Variant
+from saex_pipe.common.sae.normalisation import Normalisers
 
 # Counters stop here, far from the end of int32.
 MAX_ROWS_COUNTED = 2**30
+FREQUENCY_ROWS = 200_000  # rows over which the firing frequency is averaged, exponentially
 
 
 class TrainState(NamedTuple):
@@ -20,7 +23,10 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: optax.OptState
-    tokens_since_fired_F: Int[Array, " F"]  # rows seen since the latent was last active, int32
+    normalisers: Normalisers
+    averages: Params  # exponential moving averages of ``params``, {} where there are none
+    rows_since_fired_F: Int[Array, " F"]  # rows seen since the latent was last active, int32
+    frequency_F: Float[Array, " F"]  # share of recent rows on which the latent was active
     step: Int[Array, ""]  # steps done, int32
 
 
@@ -37,66 +43,71 @@ class StepTerms(NamedTuple):
     gradient_norm: Float[Array, ""]  # global norm before clipping
 
 
-Step = Callable[[TrainState, Array, Array], tuple[TrainState, StepTerms]]
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What a step is besides its variant and its optimiser; static."""
+
+    total_steps: int
+    dead_after_rows: int = MAX_ROWS_COUNTED
+    sparsity_schedule: Callable[[Array], Array] | None = None  # fraction of the steps done to a factor; None: 1
+    micro_batches: int = 1  # parts of the batch that go through the loss one after another
+    average_decay: float | None = None  # of the moving averages of the parameters, per step
+    compute: Compute = PLAIN
 
 
-def init_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
+# Variant, peak learning rate, state, raw input, raw target. All but the batch may carry a leading axis S under vmap.
+Step = Callable[[Variant, Array, TrainState, Array, Array], tuple[TrainState, StepTerms]]
+
+
+def init_state(
+    params: Params, optimiser: optax.GradientTransformation, normalisers: Normalisers, *, averaged: bool = False
+) -> TrainState:
     """The state before the first step."""
     latents = params["b_enc_F"].shape[-1]
     return TrainState(
         params=params,
         opt_state=optimiser.init(params),
-        tokens_since_fired_F=jnp.zeros(latents, jnp.int32),
+        normalisers=normalisers,
+        averages=jax.tree.map(jnp.copy, params) if averaged else {},
+        rows_since_fired_F=jnp.zeros(latents, jnp.int32),
+        frequency_F=jnp.zeros(latents, jnp.float32),
         step=jnp.zeros((), jnp.int32),
     )
 
 
-def make_step(
-    variant: Variant,
-    optimiser: optax.GradientTransformation,
-    dead_after_rows: int,
-    compute_dtype: ComputeDtype = "float32",
-    sparsity_warmup_steps: int = 0,
-) -> Step:
-    """``step(state, x_BD, target_BD) -> (state, terms)``, pure; wrap it in ``jax.jit(step, donate_argnums=0)``.
+def make_step(optimiser: optax.GradientTransformation, settings: StepSettings) -> Step:
+    """The pure function ``step(variant, learning_rate, state, x_BD, target_BD)``; the caller jits or vmaps it.
 
-    Args:
-        variant: what is trained.
-        optimiser: an optax transformation that ends with the learning rate.
-        dead_after_rows: a latent that did not fire for so many rows counts as dead.
-        compute_dtype: what matmuls read; everything else is float32.
-        sparsity_warmup_steps: the sparsity penalty rises linearly from 0 over so many steps.
-
-    Rows of ``x_BD`` and ``target_BD`` are float32 or bfloat16, in the units the SAE is trained in.
+    ``x_BD`` and ``target_BD`` are float32 or bfloat16, in raw units; ``state.normalisers`` bring them to those of
+    training. ``optimiser`` gives updates for a peak learning rate of 1, which ``learning_rate`` multiplies.
     """
 
     def step(
-        state: TrainState, x_BD: Float[Array, "B D_in"], target_BD: Float[Array, "B D_out"]
+        variant: Variant,
+        learning_rate: Float[Array, ""],
+        state: TrainState,
+        x_BD: Float[Array, "B D_in"],
+        target_BD: Float[Array, "B D_out"],
     ) -> tuple[TrainState, StepTerms]:
-        dead_F = state.tokens_since_fired_F >= dead_after_rows
-        warmed = jnp.minimum(1.0, state.step.astype(jnp.float32) / max(1, sparsity_warmup_steps))
-        sparsity_scale = warmed if sparsity_warmup_steps else jnp.ones((), jnp.float32)
-
-        def loss(params: Params) -> tuple[Array, LossTerms]:
-            return variant.loss(
-                params,
-                x_BD.astype(jnp.float32),
-                target_BD.astype(jnp.float32),
-                dead_F,
-                compute_dtype=compute_dtype,
-                sparsity_scale=sparsity_scale,
-            )
-
-        gradients, terms = jax.grad(loss, has_aux=True)(state.params)
+        rows = x_BD.shape[0]
+        normalisers = Normalisers(state.normalisers.input.observe(x_BD), state.normalisers.target.observe(target_BD))
+        moment = _moment(state, settings)
+        gradients, terms = _gradients(variant, state.params, normalisers, x_BD, target_BD, moment, settings)
         gradients = variant.project_gradients(state.params, gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by int32 counters
             updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-        params = variant.constrain(optax.apply_updates(state.params, updates))
-        rows_since_F = jnp.minimum(state.tokens_since_fired_F, MAX_ROWS_COUNTED) + x_BD.shape[0]
+        params = variant.constrain(_moved(state.params, updates, learning_rate, variant.learning_rate_factors()))
+        rows_since_F = jnp.minimum(state.rows_since_fired_F, MAX_ROWS_COUNTED) + rows
+        # A mean of all rows so far until there are FREQUENCY_ROWS of them.
+        share = rows / jnp.minimum((state.step.astype(jnp.float32) + 1) * rows, float(FREQUENCY_ROWS))
         after = TrainState(
             params=params,
             opt_state=opt_state,
-            tokens_since_fired_F=jnp.where(terms.fired_F, 0, rows_since_F),
+            normalisers=normalisers,
+            averages=_averaged(state, params, settings.average_decay),
+            rows_since_fired_F=jnp.where(terms.active_F > 0, 0, rows_since_F),
+            frequency_F=state.frequency_F
+            + jnp.minimum(share, 1.0) * (terms.active_F.astype(jnp.float32) / rows - state.frequency_F),
             step=state.step + 1,
         )
         return after, StepTerms(
@@ -106,8 +117,64 @@ def make_step(
             auxiliary=terms.auxiliary,
             l0=terms.l0,
             fvu=terms.fvu,
-            dead_fraction=jnp.mean(dead_F, dtype=jnp.float32),
-            gradient_norm=global_norm(gradients),
+            dead_fraction=jnp.mean(moment.dead_F, dtype=jnp.float32),
+            gradient_norm=optax.tree.norm(gradients),
         )
 
     return step
+
+
+def _moment(state: TrainState, settings: StepSettings) -> Moment:
+    done = state.step.astype(jnp.float32) / settings.total_steps
+    schedule = settings.sparsity_schedule
+    return Moment(
+        dead_F=state.rows_since_fired_F >= settings.dead_after_rows,
+        frequency_F=state.frequency_F,
+        sparsity_scale=jnp.ones((), jnp.float32) if schedule is None else schedule(done),
+        fraction_done=done,
+    )
+
+
+def _gradients(
+    variant: Variant,
+    params: Params,
+    normalisers: Normalisers,
+    x_BD: Array,
+    target_BD: Array,
+    moment: Moment,
+    settings: StepSettings,
+) -> tuple[Params, LossTerms]:
+    """Gradients and terms of a batch; with micro batches, the mean of theirs."""
+
+    def of(x_BD: Array, target_BD: Array) -> tuple[Params, LossTerms]:
+        scaled = normalisers.input.apply(x_BD), normalisers.target.apply(target_BD)
+
+        def loss(params: Params) -> tuple[Array, LossTerms]:
+            return variant.loss(params, *scaled, moment, settings.compute)
+
+        gradients, terms = jax.grad(loss, has_aux=True)(params)
+        return gradients, terms
+
+    parts = settings.micro_batches
+    if parts == 1:
+        return of(x_BD, target_BD)
+
+    def add(total: tuple[Params, LossTerms], part: tuple[Array, Array]) -> tuple[tuple[Params, LossTerms], None]:
+        return jax.tree.map(jnp.add, total, of(*part)), None
+
+    # Every n-th row, so that the parts of a batch whose rows lie over several devices do, too.
+    cut = jax.tree.map(lambda rows: rows.reshape(-1, parts, rows.shape[1]).swapaxes(0, 1), (x_BD, target_BD))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of, cut[0][0], cut[1][0]))
+    (gradients, terms), _ = jax.lax.scan(add, zeros, cut)
+    mean = jax.tree.map(lambda leaf: leaf / parts, (gradients, terms._replace(active_F=jnp.zeros(()))))
+    return mean[0], mean[1]._replace(active_F=terms.active_F)
+
+
+def _moved(params: Params, updates: Params, learning_rate: Array, factors: Mapping[str, float]) -> Params:
+    return {name: leaf + learning_rate * factors.get(name, 1.0) * updates[name] for name, leaf in params.items()}
+
+
+def _averaged(state: TrainState, params: Params, decay: float | None) -> Params:
+    if decay is None:
+        return state.averages
+    return jax.tree.map(lambda mean, leaf: decay * mean + (1 - decay) * leaf, state.averages, params)

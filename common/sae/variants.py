@@ -1,56 +1,65 @@
 """The table of SAE variants and the one way to build one from settings."""
 
 import difflib
+from dataclasses import MISSING, fields
+from typing import Any
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.relu import Relu
 from saex_pipe.common.sae.topk import TopK
 
-VARIANTS: dict[str, type[TopK] | type[Relu]] = {"topk": TopK, "relu": Relu}
+VARIANTS: dict[str, type[Variant]] = {"relu": Relu, "topk": TopK}
+# What to say of a setting that a variant needs.
+_REMEDIES = {"k": "set k, the active latents per row, 1 to {latents}", "sparsity_coefficient": "set it, for instance 5"}
 
 
-def build(
-    variant_name: str,
-    latents: int,
-    k: int | None = None,
-    sparsity_coefficient: float | None = None,
-    transcoder: bool = False,
-    auxiliary_stride: int = 1,
-) -> Variant:
+def build(variant_name: str, latents: int, **settings: Any) -> Variant:
     """The variant of that name.
 
     Args:
         variant_name: a key of ``VARIANTS``.
         latents: number of latents, at least 1.
-        k: active latents per row, of ``topk`` only, 1 to ``latents``.
-        sparsity_coefficient: weight of the sparsity penalty, of ``relu`` only, at least 0.
-        transcoder: input and target are different activations.
-        auxiliary_stride: the auxiliary loss of ``topk`` reads every n-th row, at least 1; ``relu`` has none.
+        settings: fields of the variant; None stands for its default. ``initial_KEY`` is a field of its ``initial``.
 
     Raises:
         InputError: a value is unknown, missing, out of range or not of this variant.
     """
-    if variant_name not in VARIANTS:
-        near = difflib.get_close_matches(variant_name, VARIANTS, n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(f"variant {variant_name!r} is unknown", f"{hint}choose one of {', '.join(sorted(VARIANTS))}")
+    cls = variant_class(variant_name)
     if latents < 1:
         raise InputError(f"latents = {latents} is below 1", "set latents (or expansion) to at least 1")
-    if VARIANTS[variant_name] is TopK:
-        if sparsity_coefficient is not None:
-            raise InputError(f"topk takes no sparsity_coefficient (got {sparsity_coefficient})", "set k instead")
-        if k is None:
-            raise InputError("topk needs k, the number of active latents per row", f"set k, 1 to {latents}")
-        if not 1 <= k <= latents:
-            raise InputError(f"k = {k} is outside 1 to {latents} (latents)", "lower k or raise latents")
-        if auxiliary_stride < 1:
-            raise InputError(f"auxiliary_stride = {auxiliary_stride} is below 1", "set it to 1 for every row")
-        return TopK(latents=latents, k=k, transcoder=transcoder, auxiliary_stride=auxiliary_stride)
-    if k is not None:
-        raise InputError(f"relu takes no k (got {k})", "set sparsity_coefficient instead, or variant = topk")
-    if sparsity_coefficient is None:
-        raise InputError("relu needs sparsity_coefficient", "set it, for instance 5")
-    if not sparsity_coefficient >= 0:
-        raise InputError(f"sparsity_coefficient = {sparsity_coefficient} is below 0", "set it to 0 or more")
-    return Relu(latents=latents, sparsity_coefficient=sparsity_coefficient, transcoder=transcoder)
+    known = {field.name: field for field in fields(cls)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        if name not in known:
+            raise InputError(
+                f"{variant_name} takes no {name} (got {value})", f"its settings are {', '.join(sorted(known))}"
+            )
+    for name, field in known.items():
+        if field.default is MISSING and name not in ("latents", *given):
+            remedy = _REMEDIES.get(name, f"set {name}").format(latents=latents)
+            raise InputError(f"{variant_name} needs {name}", remedy)
+    _check(given, latents)
+    return cls(latents=latents, **given)
+
+
+def variant_class(name: str) -> type[Variant]:
+    """The class of that name; an ``InputError`` names those there are."""
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise InputError(f"variant {name!r} is unknown", f"{hint}choose one of {', '.join(sorted(VARIANTS))}")
+    return VARIANTS[name]
+
+
+def _check(given: dict[str, Any], latents: int) -> None:
+    k = given.get("k")
+    if k is not None and not 1 <= k <= latents:
+        raise InputError(f"k = {k} is outside 1 to {latents} (latents)", "lower k or raise latents")
+    coefficient = given.get("sparsity_coefficient")
+    if coefficient is not None and not coefficient >= 0:
+        raise InputError(f"sparsity_coefficient = {coefficient} is below 0", "set it to 0 or more")
+    if given.get("auxiliary_stride", 1) < 1:
+        raise InputError(f"auxiliary_stride = {given['auxiliary_stride']} is below 1", "set it to 1 for every row")
+    if given.get("skip") and not given.get("transcoder"):
+        raise InputError("skip = true without a target", "a linear path is for transcoders: set target_tap")

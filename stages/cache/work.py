@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import read_sae
 from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.inference import Sae, SparseCodes
 from saex_pipe.common.sae.saelens import from_saelens
 from saex_pipe.stages.cache.summary import Codes, Examples, Summary, summarise
@@ -185,4 +186,5 @@ def read_summary(out: str, digest: str) -> Summary:
 def _open(store_uri: str, sae_uri: str, digest: str) -> _Opened:
     saved = read_sae(sae_uri)
     tap = saved.saex["tap"]
-    return _Opened(ActivationStore(store_uri, (tap,)), Sae(*from_saelens(saved.cfg, saved.tensors), "bfloat16"), tap)
+    sae = Sae(*from_saelens(saved.cfg, saved.tensors), Compute(dtype="bfloat16"))
+    return _Opened(ActivationStore(store_uri, (tap,)), sae, tap)

@@ -22,6 +22,7 @@ from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.load import load_model
 from saex_pipe.common.metrics_log import Progress, progress
 from saex_pipe.common.preemption import StopRequest, graceful_stop
+from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.saelens import from_saelens
 from saex_pipe.common.sae.scores import Reconstruction, ce_recovered, match_dictionary
@@ -52,7 +53,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
 
 
 def _sae(saved: SavedSae, config: Config) -> Sae:
-    return Sae(*from_saelens(saved.cfg, saved.tensors), config.compute_dtype)
+    return Sae(*from_saelens(saved.cfg, saved.tensors), Compute(dtype=config.compute_dtype))
 
 
 def _on_text(config: Config, output: StageOutput, saved: SavedSae, stop: StopRequest) -> dict[str, Any]:

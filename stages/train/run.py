@@ -1,165 +1,219 @@
-"""Activation store to a sparse autoencoder."""
+"""Activation store to one or many sparse autoencoders."""
 
+import itertools
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from saex_pipe.common.errors import InputError, SaexError
-from saex_pipe.common.formats.checkpoint import SavedSae, TrainingState, write_sae
+from saex_pipe.common.errors import SaexError
+from saex_pipe.common.formats.checkpoint import TrainingState, write_sae
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.stage_output import StageOutput, stage_output
 from saex_pipe.common.metrics_log import progress
-from saex_pipe.common.preemption import graceful_stop
-from saex_pipe.common.sae.contract import DataStats, Variant
-from saex_pipe.common.sae.folding import fold
-from saex_pipe.common.sae.optimiser import adam
-from saex_pipe.common.sae.saelens import hook_name, to_saelens
-from saex_pipe.common.sae.train_step import StepTerms, TrainState, init_state, make_step
-from saex_pipe.common.sae.variants import build
+from saex_pipe.common.preemption import StopRequest, graceful_stop
 from saex_pipe.stages.train.config import Config
-from saex_pipe.stages.train.rows import Returns, Rows, make_reader, open_rows
+from saex_pipe.stages.train.export import exported
+from saex_pipe.stages.train.learner import Learner, shape_of
+from saex_pipe.stages.train.rows import Returns, make_reader, open_rows
 
 _LOG_EVERY_STEPS = 10
-_DEFAULT_K = 32
+# SAEs that agree in these read the same batches.
+_READING = (
+    *("store", "other_stores", "store_weights", "follow", "tranche_shards", "tap", "target_tap"),
+    *("batch_rows", "rows", "seed", "pool_bytes", "checkpoint_every_steps"),
+)
 
 
-class Normalisation(NamedTuple):
-    """Factors that bring raw rows to the units of training."""
+class Member(NamedTuple):
+    """One SAE of a training run."""
 
-    input_scale: float
-    output_scale: float
+    config: Config
+    output: StageOutput
+    saves: TrainingState
 
 
 def run(config: Config, *, force: bool = False) -> Manifest:
     """Train the SAE at ``config.out``."""
-    with stage_output(config, force=force) as output, graceful_stop() as stop:
-        if output.manifest is not None:
-            return output.manifest
-        store, taps = open_rows(config, stop)
-        tap, target = taps[0], taps[-1]
-        variant = _variant(config, store.info.taps[tap], transcoder=tap != target)
-        scales = Normalisation(_scale(config, store, tap), _scale(config, store, target))
-        steps = math.ceil(config.rows / config.batch_rows)
-        optimiser = adam(config.learning_rate or variant.default_learning_rate(), steps)
-        step_fn = _compiled_step(config, variant, optimiser, scales)
-        state = init_state(variant.init(jax.random.key(config.seed), _data_stats(store, taps, scales)), optimiser)
-
-        reader = make_reader(config, store, taps)
-        given_back = Returns(config, store, reader, output.digest)
-        with reader, TrainingState(output.folder) as saves:
-            terms = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
-            start, (state, terms) = saves.restore((state, terms)) or (0, (state, terms))
-            total, done = steps * config.batch_rows, start * config.batch_rows
-            with progress("training", total, "rows", done=done, log=output.metrics) as bar:
-                for step in range(start, steps):
-                    if given_back.is_due(step):
-                        saves.save(step, (state, terms))
-                        saves.wait()
-                        given_back.release(step)
-                    waited = reader.waiting_seconds
-                    batch = reader.batch(step)
-                    state, terms = step_fn(state, batch[tap], batch[target])
-                    shown = _shown(terms, step) if (step + 1) % _LOG_EVERY_STEPS == 0 or step + 1 == steps else {}
-                    size = sum(rows_BD.nbytes for rows_BD in batch.values())
-                    bar.advance(config.batch_rows, bytes=size, waiting_seconds=reader.waiting_seconds - waited, **shown)
-                    if stop.requested or (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == steps:
-                        saves.save(step + 1, (state, terms))
-                    if step + 1 < steps:
-                        stop.raise_if_requested()
-        write_sae(output.folder, _exported(config, store, variant, state, scales, taps))
-        return _finish(output, variant, config, state, terms)
+    return run_sweep([config], force=force)[0]
 
 
-def _variant(config: Config, width: int, *, transcoder: bool) -> Variant:
-    if (config.latents is None) == (config.expansion is None):
-        raise InputError(
-            f"train.latents = {config.latents} and train.expansion = {config.expansion}", "set exactly one of the two"
-        )
-    latents = config.latents or max(1, round(width * (config.expansion or 0)))
-    k = _DEFAULT_K if config.k is None and config.variant == "topk" else config.k
-    return build(config.variant, latents, k, config.sparsity_coefficient, transcoder, config.auxiliary_stride)
+def run_sweep(configs: Sequence[Config], *, force: bool = False) -> list[Manifest]:
+    """Train one SAE a configuration, each at its own ``out``: what can share a read of the data does.
+
+    The result of each is that of training it alone: to the bit where it is alone in its shape, to the rounding of
+    stacked products where several are one stack. One that diverges does not keep the others from finishing.
+    """
+    with ExitStack() as stack, graceful_stop() as stop:
+        outputs = [stack.enter_context(stage_output(config, force=force)) for config in configs]
+        members = []
+        for config, output in zip(configs, outputs, strict=True):
+            if output.manifest is None:
+                members.append(Member(config, output, stack.enter_context(TrainingState(output.folder))))
+        failures = [failure for cohort in _cohorts(members) for failure in _train(cohort, stop)]
+        if failures:
+            raise SaexError("; ".join(failures))
+        manifests = [output.manifest for output in outputs]
+        assert all(manifests)
+        return [manifest for manifest in manifests if manifest is not None]
 
 
-def _scale(config: Config, store: Rows, tap: str) -> float:
-    if store.rows == 0:
-        raise InputError(f"{config.store} has no training rows", "harvest again with more text or fewer drop_* rules")
-    if config.normalise == "none":
-        return 1.0
-    mean_square = store.statistics(tap).mean_square_norm / store.info.taps[tap]
-    if mean_square == 0:
-        raise InputError(f"every row of {tap} in {config.store} is zero", "harvest another tap")
-    return float(1 / np.sqrt(mean_square))
+class Cohort(NamedTuple):
+    """SAEs that go through the same batches from the same step on."""
+
+    start: int
+    members: list[Member]
 
 
-def _data_stats(store: Rows, taps: tuple[str, ...], scales: Normalisation) -> DataStats:
-    means = [store.statistics(tap).mean_D.astype(np.float32) for tap in taps]
-    return DataStats(jnp.asarray(means[0] * scales.input_scale), jnp.asarray(means[-1] * scales.output_scale))
+def _cohorts(members: Iterable[Member]) -> Iterator[Cohort]:
+    """Those that read alike and have a checkpoint of the same step, together."""
+    left = list(members)
+    while left:
+        reading = _reading(left[0].config)
+        alike = [member for member in left if _reading(member.config) == reading]
+        # A kill between the saves of two members leaves one of them a save ahead, with the other's step kept, too.
+        start = min(member.saves.steps()[-1] for member in alike)
+        together = [member for member in alike if start in member.saves.steps()]
+        yield Cohort(start, together)
+        left = [member for member in left if member not in together]
 
 
-def _compiled_step(config: Config, variant: Variant, optimiser: Any, scales: Normalisation) -> Callable[..., Any]:
-    step = make_step(variant, optimiser, config.dead_after_rows, config.compute_dtype, config.sparsity_warmup_steps)
-
-    def normalised_step(state: TrainState, x_BD: jax.Array, target_BD: jax.Array) -> tuple[TrainState, StepTerms]:
-        scaled = x_BD.astype(jnp.float32) * scales.input_scale, target_BD.astype(jnp.float32) * scales.output_scale
-        return step(state, *scaled)
-
-    return jax.jit(normalised_step, donate_argnums=0)
+def _reading(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _READING}
 
 
-def _shown(terms: StepTerms, step: int) -> dict[str, float]:
-    """Loss terms for the log; a loss that is not finite ends the run."""
-    values = {name: float(value) for name, value in jax.device_get(terms)._asdict().items()}
-    if not math.isfinite(values["total"]):
-        raise SaexError(
-            f"the loss is {values['total']} at step {step + 1}: training has diverged; "
-            "lower train.learning_rate, or look for outliers with a smaller harvest.drop_norm_multiple"
-        )
-    return {"step": step + 1, "loss": values.pop("total"), **values}
+def _learners(cohort: Cohort, store: Any, taps: tuple[str, ...]) -> Iterator[tuple[Learner, list[Member]]]:
+    def shape(member: Member) -> str:
+        return json.dumps(shape_of(member.config), sort_keys=True)
+
+    for _, group in itertools.groupby(sorted(cohort.members, key=shape), key=shape):
+        members = list(group)
+        learner = Learner([member.config for member in members], store, taps)
+        states = []
+        for number, member in enumerate(members):
+            state = learner.initial_state(number)
+            states.append(member.saves.restore(cohort.start, state) if cohort.start else state)
+        learner.start(states)
+        yield learner, members
 
 
-def _exported(
-    config: Config,
-    store: Rows,
-    variant: Variant,
-    state: TrainState,
-    scales: Normalisation,
-    taps: tuple[str, ...],
-) -> SavedSae:
-    """The SAE in units of the raw activations."""
-    source = store.info.source
-    metadata = {
-        "model_name": source.get("model"),
-        "hook_name": hook_name(taps[0]),
-        "context_size": store.info.window_length,
-    }
-    if len(taps) > 1:
-        metadata["hook_name_out"] = hook_name(taps[1])
-    params = fold(variant, state.params, scales.input_scale, scales.output_scale)
-    cfg, tensors = to_saelens(variant, params, metadata)
-    saex = {
-        "tap": taps[0],
-        "target_tap": taps[-1],
-        "row_policy": store.info.row_policy.to_json(),
-        "source": dict(source),
-        "store_digest": store.digest,
-        "normalisation": scales._asdict(),
-        "config": config.result_fields(),
-    }
-    return SavedSae(cfg, tensors, saex)
+def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
+    """Train the SAEs of a cohort to their ends; what is to be said of those that diverged."""
+    shared = cohort.members[0].config
+    store, taps = open_rows(shared, stop)
+    learners = list(_learners(cohort, store, taps))
+    crew = Crew(learners)
+    reader = make_reader(shared, store, taps)
+    given_back = Returns(shared, store, reader, cohort.members[0].output.digest)
+    steps = math.ceil(shared.rows / shared.batch_rows)
+    total, done = steps * shared.batch_rows, cohort.start * shared.batch_rows
+    with reader, progress("training", total, "rows", done=done, log=crew) as bar:
+        for step in range(cohort.start, steps):
+            if given_back.is_due(step):
+                crew.save(step)
+                crew.wait()
+                given_back.release(step)
+            waited = reader.waiting_seconds
+            batch = reader.batch(step)
+            for learner, _ in learners:
+                learner.step(batch)
+            last, due = step + 1 == steps, (step + 1) % shared.checkpoint_every_steps == 0
+            shown = {}
+            if stop.requested or due or last or (step + 1) % _LOG_EVERY_STEPS == 0:
+                shown = crew.look(step)
+            size = sum(rows_BD.nbytes for rows_BD in batch.values())
+            bar.advance(shared.batch_rows, bytes=size, waiting_seconds=reader.waiting_seconds - waited, **shown)
+            if stop.requested or due or last:
+                crew.save(step + 1)
+            if not last:
+                stop.raise_if_requested()
+    crew.wait()
+    for learner, members in learners:
+        for number, member in enumerate(members):
+            if member not in crew.diverged:
+                _finish(learner, number, member, store, taps)
+    return list(crew.diverged.values())
 
 
-def _finish(output: StageOutput, variant: Variant, config: Config, state: TrainState, terms: StepTerms) -> Manifest:
-    since_fired_F = np.asarray(state.tokens_since_fired_F)
-    contents = {
-        "variant": config.variant,
-        "latents": variant.latents,
-        "dead_fraction": float((since_fired_F >= config.dead_after_rows).mean()),
-        "last_step": {k: float(v) for k, v in jax.device_get(terms)._asdict().items()},
-    }
+class Crew:
+    """All SAEs of a cohort: what is logged, saved and watched of each. Serves as the log of their progress bar."""
+
+    def __init__(self, learners: Sequence[tuple[Learner, list[Member]]]) -> None:
+        self._learners = learners
+        self._latest: list[tuple[Member, dict[str, float]]] = []
+        self._saved = 0
+        self.diverged: dict[Member, str] = {}
+
+    def look(self, step: int) -> dict[str, float]:
+        """The terms of step ``step``, of the first SAE for the bar; SAEs whose terms are not finite are given up.
+
+        Raises:
+            SaexError: none is left.
+        """
+        self._latest = []
+        for learner, members in self._learners:
+            for member, terms in zip(members, learner.terms(), strict=True):
+                if member in self.diverged:
+                    continue
+                if not (math.isfinite(terms["total"]) and math.isfinite(terms["gradient_norm"])):
+                    self.diverged[member] = _divergence(member, terms, step + 1)
+                    continue
+                self._latest.append((member, {"step": step + 1, "loss": terms.pop("total"), **terms}))
+        if not self._latest:
+            raise SaexError("; ".join(self.diverged.values()))
+        return self._latest[0][1]
+
+    def event(self, **values: Any) -> None:
+        """Record an event of the progress in the log of every SAE, each with its own terms."""
+        for member, terms in self._latest:
+            member.output.metrics.event(**{**values, **terms})
+
+    def save(self, step: int) -> None:
+        """Save every SAE as it is after ``step`` steps. What was begun before is durable first, so that all have it."""
+        self.wait()
+        for learner, members in self._learners:
+            for number, member in enumerate(members):
+                if member not in self.diverged and step not in member.saves.steps():
+                    member.saves.save(step, learner.state(number))
+
+    def wait(self) -> None:
+        """Return once what is being saved is durable."""
+        for _, members in self._learners:
+            for member in members:
+                member.saves.wait()
+
+
+def _divergence(member: Member, terms: Mapping[str, float], step: int) -> str:
+    saved = member.saves.steps()[-1]
+    kept = f"the last good checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"
+    what = "loss" if not math.isfinite(terms["total"]) else "gradient"
+    value = terms["total"] if what == "loss" else terms["gradient_norm"]
+    return (
+        f"{member.config.out}: the {what} is {value} at step {step}: training has diverged; {kept}; "
+        "lower train.learning_rate, or look for outliers with a smaller harvest.drop_norm_multiple"
+    )
+
+
+def _finish(learner: Learner, number: int, member: Member, store: Any, taps: tuple[str, ...]) -> None:
+    state, terms = learner.state(number)
+    variant, config = learner.variants[number], member.config
+    write_sae(member.output.folder, exported(config, store, variant, state, taps))
+    since_fired_F = np.asarray(state.rows_since_fired_F)
     steps = int(state.step)
-    size = sum(array.nbytes for array in state.params.values())
-    return output.finish(contents=contents, totals={"steps": steps, "rows": steps * config.batch_rows, "bytes": size})
+    member.output.finish(
+        contents={
+            "variant": config.variant,
+            "latents": variant.latents,
+            "dead_fraction": float((since_fired_F >= config.dead_after_rows).mean()),
+            "last_step": {name: float(value) for name, value in jax.device_get(terms)._asdict().items()},
+        },
+        totals={
+            "steps": steps,
+            "rows": steps * config.batch_rows,
+            "bytes": sum(array.nbytes for array in state.params.values()),
+        },
+    )

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.sae.contract import DataStats, Params, Variant
+from saex_pipe.common.sae.contract import Params, Variant
 from saex_pipe.common.sae.folding import fold
 from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.variants import build
 
 WIDTH, LATENTS, ROWS = 16, 64, 50
@@ -40,11 +42,12 @@ def test_raw_rows_give_what_scaled_rows_gave(name: str) -> None:
     params, raw_BD = trained(variant, width_out)
     scale_in = WIDTH**0.5 / RAW_NORM
     scale_out = 3.7 if variant.transcoder else scale_in
-    sae = Sae(variant, fold(variant, params, scale_in, scale_out))
+    normalisers = Normalisers(Normaliser(jnp.full(WIDTH, scale_in)), Normaliser(jnp.full(width_out, scale_out)))
+    sae = Sae(variant, fold(variant, params, normalisers))
     np.testing.assert_allclose(sae.encode(raw_BD), variant.encode(params, scale_in * raw_BD), rtol=1e-4, atol=1e-4)
     expected_BD = np.asarray(variant.reconstruct(params, scale_in * raw_BD)) / scale_out
     np.testing.assert_allclose(sae.reconstruct(raw_BD), expected_BD, rtol=1e-4, atol=1e-5 * np.abs(expected_BD).max())
-    twice = Sae(variant, fold(variant, sae.params, scale_in, scale_out))
+    twice = Sae(variant, fold(variant, sae.params, normalisers))
     assert not np.allclose(twice.reconstruct(raw_BD), expected_BD, rtol=0.1)
 
 
@@ -52,7 +55,8 @@ def test_scales_that_cannot_be_are_refused() -> None:
     topk = variants()["topk transcoder=False"]
     params, _ = trained(topk, WIDTH)
     for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="input_scale = "):
-            fold(topk, params, scale)
-    with pytest.raises(InputError, match=r"input_scale = 1\.0 differs from output_scale = 2\.0"):
-        fold(topk, params, 1.0, 2.0)
+        bad = Normaliser(jnp.full(WIDTH, 1.0).at[3].set(scale))
+        with pytest.raises(InputError, match="a factor of the input's normalisation is not above 0"):
+            fold(topk, params, Normalisers(bad, bad))
+    with pytest.raises(InputError, match="input and target are normalised differently"):
+        fold(topk, params, Normalisers(Normaliser(jnp.ones(WIDTH)), Normaliser(jnp.full(WIDTH, 2.0))))

@@ -18,7 +18,7 @@ def test_adam_equals_the_chain_of_optax(scale: float) -> None:
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=ADAM_EPSILON),
         optax.scale_by_learning_rate(lambda step: learning_rate(1e-2, 20, step)),
     )
-    ours = adam(1e-2, 20)
+    ours = adam(20, 1e-2)
     state, chain_state = ours.init(params), chain.init(params)
     for _ in range(20):
         gradients = jax.tree.map(lambda p: jnp.asarray(scale * rng.normal(size=p.shape), jnp.float32), params)

@@ -12,9 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.sae.contract import DataStats, Variant
+from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.folding import fold
 from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.saelens import from_saelens, hook_name, to_saelens
 from saex_pipe.common.sae.variants import build
 
@@ -40,7 +42,10 @@ def exported(case: str) -> tuple[Sae, jax.Array]:
     params = variant.init(jax.random.key(0), stats)
     params = {key: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for key, leaf in params.items()}
     scale = WIDTH**0.5 / RAW_NORM
-    return Sae(variant, fold(variant, params, scale, 2 * scale if variant.transcoder else scale)), raw_BD
+    normalisers = Normalisers(
+        Normaliser(jnp.full(WIDTH, scale)), Normaliser(jnp.full(width_out, scale * (2 if variant.transcoder else 1)))
+    )
+    return Sae(variant, fold(variant, params, normalisers)), raw_BD
 
 
 @every_case

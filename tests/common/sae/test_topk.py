@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saex_pipe.common.sae.contract import DataStats, Params
+from saex_pipe.common.sae.contract import Moment, Params
+from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.topk import TopK
-from saex_pipe.common.sae.train_step import init_state, make_step
+from saex_pipe.common.sae.train_step import StepSettings, init_state, make_step
 
 TOPK = TopK(latents=48, k=3)
 DEAD_AFTER_ROWS = 500
@@ -28,19 +30,26 @@ def start_with_dead_latents(rows_BD: jax.Array) -> Params:
 def test_auxiliary_loss_revives_dead_latents(
     coefficient: float, stride: int, revives: bool, toy_rows: Callable[..., jax.Array]
 ) -> None:
-    optimiser = adam(1e-2, 1000)
+    optimiser = adam(1000)
     variant = replace(TOPK, auxiliary_coefficient=coefficient, auxiliary_stride=stride)
-    step = jax.jit(make_step(variant, optimiser, DEAD_AFTER_ROWS), donate_argnums=0)
+    settings = StepSettings(total_steps=1000, dead_after_rows=DEAD_AFTER_ROWS)
+    step = jax.jit(make_step(optimiser, settings), donate_argnums=2)
     batches = [toy_rows(seed, 128) for seed in range(4)]
-    state = init_state(start_with_dead_latents(batches[0]), optimiser)
+    state = init_state(
+        start_with_dead_latents(batches[0]), optimiser, Normalisers(*(Normaliser(jnp.ones(16)) for _ in range(2)))
+    )
     dead = []
     for i in range(300):
-        state, terms = step(state, batches[i % 4], batches[i % 4])
+        state, terms = step(variant, jnp.float32(1e-2), state, batches[i % 4], batches[i % 4])
         dead.append(float(terms.dead_fraction))
     assert dead[0] == 0.0  # nothing is dead before DEAD_AFTER_ROWS have gone by
     assert max(dead) >= 0.5
     lowest_since = min(dead[dead.index(max(dead)) :])  # on so few rows some die again later
     assert (lowest_since < 0.2) == revives, dead[::50]
+
+
+def moment(dead_F: jax.Array) -> Moment:
+    return Moment.plain(TOPK.latents)._replace(dead_F=dead_F)
 
 
 value_and_gradients = jax.jit(jax.value_and_grad(TOPK.loss, has_aux=True))
@@ -59,7 +68,7 @@ def test_no_variance_gives_no_nan(rows: str) -> None:
             "b_dec_D": jnp.zeros(16),
         }
     dead_F = jnp.arange(48) < 24
-    (value, _), gradients = value_and_gradients(params, x_BD, x_BD, dead_F)
+    (value, _), gradients = value_and_gradients(params, x_BD, x_BD, moment(dead_F))
     assert np.isfinite(value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
@@ -68,9 +77,9 @@ def test_a_stride_reads_every_nth_row_for_the_auxiliary_loss(toy_rows: Callable[
     x_BD = toy_rows(0, 64)
     params = start_with_dead_latents(x_BD)
     dead_F = jnp.arange(48) < 24
-    strided = jax.jit(replace(TOPK, auxiliary_stride=4).loss)(params, x_BD, x_BD, dead_F)[1]
+    strided = jax.jit(replace(TOPK, auxiliary_stride=4).loss)(params, x_BD, x_BD, moment(dead_F))[1]
     loss = jax.jit(TOPK.loss)
-    subset, every = loss(params, x_BD[::4], x_BD[::4], dead_F)[1], loss(params, x_BD, x_BD, dead_F)[1]
+    subset, every = loss(params, x_BD[::4], x_BD[::4], moment(dead_F))[1], loss(params, x_BD, x_BD, moment(dead_F))[1]
     assert float(strided.auxiliary) == pytest.approx(float(subset.auxiliary), rel=1e-6)
     assert float(strided.auxiliary) != pytest.approx(float(every.auxiliary), rel=1e-3)
     assert float(strided.reconstruction) == float(every.reconstruction)
@@ -79,7 +88,7 @@ def test_a_stride_reads_every_nth_row_for_the_auxiliary_loss(toy_rows: Callable[
 def test_decoder_gradient_has_no_part_along_its_rows(toy_rows: Callable[..., jax.Array]) -> None:
     x_BD = toy_rows(0)
     params = start_with_dead_latents(x_BD)
-    _, gradients = value_and_gradients(params, x_BD, x_BD, jnp.zeros(48, bool))
+    _, gradients = value_and_gradients(params, x_BD, x_BD, moment(jnp.zeros(48, bool)))
     projected_FD = np.asarray(TOPK.project_gradients(params, gradients)["w_dec_FD"], np.float64)
     w_dec_FD, gradient_FD = np.asarray(params["w_dec_FD"]), np.asarray(gradients["w_dec_FD"], np.float64)
     along_F = (gradient_FD * w_dec_FD).sum(axis=1)

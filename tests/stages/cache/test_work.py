@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saex_pipe.common.sae.contract import DataStats
 from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.variants import build
 from saex_pipe.stages.cache import work
 from saex_pipe.stages.cache.summary import Codes, summarise

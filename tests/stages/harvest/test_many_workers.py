@@ -145,6 +145,30 @@ def test_a_worker_that_is_killed_delays_its_shards_only(inputs, whole, tmp_path)
     check_same(tmp_path / "a", whole)
 
 
+CLOCKS = """
+import sys, time
+clocks, ahead = (time.time, time.monotonic), float(sys.argv[3])
+time.time, time.monotonic = lambda: clocks[0]() + ahead, lambda: clocks[1]() + ahead
+"""
+COUNT = """
+print(len(made))
+"""
+
+
+def test_workers_whose_clocks_are_an_hour_apart_make_every_shard_once(inputs, whole, tmp_path):
+    settings = inputs | SETTINGS | {"out": str(tmp_path / "a"), "elastic": True, "lease_seconds": 60.0}
+    counting = SCRIPT.replace("def dying(", "made = []\n\ndef dying(").replace(
+        "    return write(", "    made.append(windows.start)\n    return write("
+    )
+    start = [sys.executable, "-c", CLOCKS + counting + COUNT, json.dumps(settings), "-1"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    pipes = {"env": environment, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([*start, ahead], **pipes) for ahead in ("0", "3600")]
+    made = [int(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
+    assert sum(made) == 10
+    check_same(tmp_path / "a", whole)
+
+
 class Watched(SmallStore):
     """A store with two elastic workers, whose claims last as long as the test says."""
 

@@ -1,0 +1,25 @@
+"""How an SAE's products are computed: what changes speed, memory and rounding, but not what is computed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jax.sharding import Mesh
+
+# What matmuls read. They accumulate in float32 (int8: int32, then float32); weights and statistics stay float32.
+ComputeDtype = Literal["float32", "bfloat16", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Hashable, so that it may be a static argument."""
+
+    dtype: ComputeDtype = "float32"
+    # Products with codes of which few are active: by the active latents alone, as dense matmuls, or whichever was
+    # measured to be faster at these sizes.
+    codes: Literal["auto", "sparse", "dense"] = "auto"
+    selection: Literal["exact", "approximate"] = "exact"  # of the largest latents of a row
+    recall: float = 0.95  # expected share of the true ones among those selected approximately
+    mesh: Mesh | None = None  # latents lie over its ``model`` axis, rows over ``data``; None: one device
+
+
+PLAIN = Compute()

@@ -1,0 +1,155 @@
+"""SAEs of one shape while they are trained: one as it is, several as a stack that takes every step at once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae.contract import Variant
+from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
+from saex_pipe.common.sae.optimiser import adam
+from saex_pipe.common.sae.train_step import StepSettings, StepTerms, TrainState, init_state, make_step
+from saex_pipe.common.sae.variants import build, variant_class
+from saex_pipe.stages.train.config import Config
+from saex_pipe.stages.train.rows import Rows
+from saex_pipe.stages.train.variant_settings import VariantSettings
+
+_DEFAULT_K = 32
+_NOT_OF_A_VARIANT = {"out", "variant", "latents", "expansion"}
+
+
+class Learner:
+    """S SAEs that differ in nothing but what may differ within one compiled step: swept fields and learning rate."""
+
+    def __init__(self, configs: Sequence[Config], store: Rows, taps: tuple[str, ...]) -> None:
+        self.configs = tuple(configs)
+        shared = configs[0]
+        self._tap, self._target = taps[0], taps[-1]
+        width = store.info.taps[self._tap]
+        self.variants = [variant_of(config, width, transcoder=len(taps) > 1) for config in configs]
+        rates = [
+            config.learning_rate or variant.default_learning_rate()
+            for config, variant in zip(configs, self.variants, strict=True)
+        ]
+        self.total_steps = math.ceil(shared.rows / shared.batch_rows)
+        self._normalisers = Normalisers(*(_normaliser(shared, store, tap) for tap in (self._tap, self._target)))
+        self._stats = _data_stats(store, (self._tap, self._target), self._normalisers)
+        self._optimiser = adam(self.total_steps)
+        step = make_step(self._optimiser, step_settings(shared, self.total_steps))
+        if len(configs) == 1:
+            self._variant, self._rate = self.variants[0], jnp.float32(rates[0])
+        else:
+            step = jax.vmap(step, in_axes=(0, 0, 0, None, None))
+            self._variant, self._rate = stacked(self.variants), jnp.asarray(rates, jnp.float32)
+        self._step = jax.jit(step, donate_argnums=2)
+        self._state: TrainState | None = None
+        self._terms: StepTerms | None = None
+
+    def initial_state(self, member: int) -> tuple[TrainState, StepTerms]:
+        """State and terms of one SAE before the first step."""
+        make = jax.jit(lambda key: self.variants[member].init(key, self._stats))
+        params = make(jax.random.key(self.configs[member].seed))
+        # Copies, since the state is donated and input and target may share one normaliser.
+        normalisers = jax.tree.map(jnp.copy, self._normalisers)
+        zeros = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
+        return init_state(params, self._optimiser, normalisers), zeros
+
+    def start(self, states: Sequence[tuple[TrainState, StepTerms]]) -> None:
+        """Go on from these, one for each SAE."""
+        self._state, self._terms = states[0] if len(states) == 1 else stacked(states)
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Learn from a batch of raw rows, by tap."""
+        self._state, self._terms = self._step(
+            self._variant, self._rate, self._state, batch[self._tap], batch[self._target]
+        )
+
+    def state(self, member: int) -> tuple[TrainState, StepTerms]:
+        """State and last terms of one SAE."""
+        both = cast(tuple[TrainState, StepTerms], (self._state, self._terms))
+        return both if len(self.configs) == 1 else jax.tree.map(lambda leaf: leaf[member], both)
+
+    def terms(self) -> list[dict[str, float]]:
+        """The terms of the last step, of every SAE. Waits for the step."""
+        values = jax.device_get(self._terms)._asdict()
+        return [
+            {name: float(np.reshape(value, -1)[member]) for name, value in values.items()}
+            for member in range(len(self.configs))
+        ]
+
+
+def shape_of(config: Config) -> dict[str, Any]:
+    """The settings that all SAEs of one learner share."""
+    swept = jax.tree_util.tree_leaves_with_path(_unchecked(config))
+    free = {"learning_rate", *(path[0].name for path, _ in swept)}
+    return {name: value for name, value in config.result_fields().items() if name not in free}
+
+
+def _unchecked(config: Config) -> Variant:
+    return build(config.variant, 1 << 30, **_variant_settings(config, transcoder=config.target_tap is not None))
+
+
+def variant_of(config: Config, width: int, *, transcoder: bool) -> Variant:
+    """The variant that the settings describe, for rows of ``width``."""
+    if (config.latents is None) == (config.expansion is None):
+        raise InputError(
+            f"train.latents = {config.latents} and train.expansion = {config.expansion}", "set exactly one of the two"
+        )
+    latents = config.latents or max(1, round(width * (config.expansion or 0)))
+    return build(config.variant, latents, **_variant_settings(config, transcoder=transcoder))
+
+
+def _variant_settings(config: Config, *, transcoder: bool) -> dict[str, Any]:
+    names = VariantSettings.model_fields.keys() - _NOT_OF_A_VARIANT
+    settings: dict[str, Any] = {name: getattr(config, name) for name in sorted(names)}
+    if settings["k"] is None and "k" in variant_class(config.variant).__dataclass_fields__:
+        settings["k"] = _DEFAULT_K
+    return settings | {"transcoder": transcoder or None}
+
+
+def step_settings(config: Config, total_steps: int) -> StepSettings:
+    """What a step is besides variant and optimiser."""
+    warmup = config.sparsity_warmup_steps
+
+    def risen(done: Array) -> Array:
+        return jnp.minimum(1.0, done * total_steps / max(1, warmup))
+
+    return StepSettings(
+        total_steps=total_steps,
+        dead_after_rows=config.dead_after_rows,
+        sparsity_schedule=risen if warmup else None,
+        compute=Compute(dtype=config.compute_dtype),
+    )
+
+
+def _normaliser(config: Config, store: Rows, tap: str) -> Normaliser:
+    width = store.info.taps[tap]
+    if store.rows == 0:
+        raise InputError(f"{config.store} has no training rows", "harvest again with more text or fewer drop_* rules")
+    if config.normalise == "none":
+        return Normaliser(jnp.ones(width, jnp.float32))
+    mean_square = store.statistics(tap).mean_square_norm / width
+    if mean_square == 0:
+        raise InputError(f"every row of {tap} in {config.store} is zero", "harvest another tap")
+    return Normaliser(jnp.full(width, 1 / np.sqrt(mean_square), jnp.float32))
+
+
+def _data_stats(store: Rows, taps: tuple[str, str], normalisers: Normalisers) -> DataStats:
+    means = (jnp.asarray(store.statistics(tap).mean_D[None], jnp.float32) for tap in taps)
+    return DataStats(*(side.apply(mean_1D)[0] for side, mean_1D in zip(normalisers, means, strict=True)))
+
+
+def stacked(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as one tree whose leaves have a leading axis S; Python floats become float32."""
+
+    def stack(*leaves: Any) -> Array:
+        return jnp.stack([jnp.float32(leaf) if isinstance(leaf, float) else leaf for leaf in leaves])
+
+    return jax.tree.map(stack, *trees)

@@ -1,0 +1,34 @@
+"""Settings of the train stage that say what is trained: the variant and its hyperparameters.
+
+A setting that is unset takes the variant's own default; one that the variant does not have is refused.
+"""
+
+from typing import Literal
+
+from saex_pipe.common.config import StageConfig, setting
+
+
+class VariantSettings(StageConfig):
+    """The fields of ``common.sae`` variants, by their names there."""
+
+    variant: str = setting("topk", unit="", meaning="kind of autoencoder: topk or relu")
+    latents: int | None = setting(None, unit="latents", meaning="width of the dictionary", ge=1)
+    expansion: float | None = setting(None, unit="latents per input dimension", meaning="or its relative width", gt=0)
+    k: int | None = setting(None, unit="active latents per row", meaning="sparsity of topk (default 32)", ge=1)
+    sparsity_coefficient: float | None = setting(None, unit="", meaning="weight of the sparsity penalty of relu", ge=0)
+    reconstruction: Literal["squared", "variance_normalised", "absolute"] | None = setting(
+        None, unit="", meaning="loss of the reconstruction: squared error, its share of the variance, absolute error"
+    )
+    decoder_rows: Literal["unit", "at_most_unit", "free"] | None = setting(
+        None, unit="", meaning="what the lengths of the decoder's rows are kept at"
+    )
+    skip: bool | None = setting(None, unit="", meaning="give a transcoder a linear path beside the latents")
+    auxiliary_coefficient: float | None = setting(
+        None, unit="", meaning="weight of the dead-latent loss of topk (default 1/32)", ge=0
+    )
+    k_auxiliary: int | None = setting(
+        None, unit="latents per row", meaning="dead latents in that loss; unset: half the target's width", ge=1
+    )
+    auxiliary_stride: int | None = setting(
+        None, unit="rows", meaning="that loss reads every so-many-th row (default 1); its cost falls likewise", ge=1
+    )
