@@ -16,7 +16,7 @@ from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
 
 _CHUNK_BYTES = 1 << 20  # read speed peaks between 256 KiB and 4 MiB a chunk
-_SHARD_BYTES = 64 << 20  # one request each; a failed one is repeated whole
+_SHARD_BYTES = 64 << 20  # or a chunk more; one request each, and a failed one is repeated whole
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Tiling:
             chunk = max(1, _CHUNK_BYTES // window_bytes)
             chunk = min(chunk, shard or chunk, max(windows, 1))
         if shard is None:
-            shard = max(1, min(_SHARD_BYTES // (window_bytes * chunk), -(-windows // chunk))) * chunk
+            shard = min(-(-_SHARD_BYTES // (window_bytes * chunk)), -(-max(windows, 1) // chunk)) * chunk
         return Tiling(-(-shard // chunk) * chunk, chunk)
 
     @property

@@ -191,8 +191,12 @@ def _tiling(config: Config, window_bytes: int, windows: int) -> Tiling:
     tiling = Tiling.for_bytes(window_bytes, windows, config.shard_windows, config.chunk_windows)
     if config.shard_windows is not None:
         return tiling
-    step = math.lcm(tiling.chunk_windows, config.batch_windows)
-    return Tiling(-(-tiling.shard_windows // step) * step, tiling.chunk_windows)
+    chunk, batch = tiling.chunk_windows, config.batch_windows
+    if config.chunk_windows is None and math.lcm(chunk, batch) > tiling.shard_windows:
+        # Else a shard of whole batches and whole chunks may become many times as large as it should be.
+        chunk = max(divisor for divisor in range(1, chunk + 1) if batch % divisor == 0)
+    step = math.lcm(chunk, batch)
+    return Tiling(-(-tiling.shard_windows // step) * step, chunk)
 
 
 def _totals(info: StoreInfo, rows: int) -> dict[str, int]:

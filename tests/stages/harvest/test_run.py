@@ -16,7 +16,7 @@ from saex_pipe.common.errors import InputError, PreemptedError
 from saex_pipe.common.formats.activations import ActivationStore, ActivationWriter
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.tokens import TokenStore
-from saex_pipe.common.formats.zarr_array import open_array, read_windows
+from saex_pipe.common.formats.zarr_array import Tiling, open_array, read_windows
 from saex_pipe.common.llm.decoder import apply
 from saex_pipe.common.llm.load import load_model
 from saex_pipe.stages.corpus import run as corpus
@@ -114,6 +114,17 @@ def test_devices_that_do_not_divide_are_refused(inputs, tmp_path, changes, messa
         run(inputs, tmp_path / "out", **changes)
     assert str(error.value).startswith(message)
     assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
+@pytest.mark.parametrize("window_bytes", [128 * 576 * 2, 1024 * 768 * 2, 1024 * 2304 * 2, 256 * 3072 * 4])
+@pytest.mark.parametrize("batch", [7, 8, 24, 32, 512])
+def test_shards_are_whole_batches_of_64_to_256_megabytes(window_bytes, batch):
+    config = Config.create({"model": "m", "tokens": "t", "out": "o", "taps": ["embed"], "batch_windows": batch})
+    tiling = harvest._tiling(config, window_bytes, 10**6)
+    assert tiling.shard_windows % batch == tiling.shard_windows % tiling.chunk_windows == 0
+    assert 64e6 <= tiling.shard_windows * window_bytes <= max(256e6, batch * window_bytes)
+    by_hand = config.model_copy(update={"shard_windows": 10, "chunk_windows": 5})
+    assert harvest._tiling(by_hand, window_bytes, 10**6) == Tiling(10, 5)
 
 
 @pytest.mark.usefixtures("one_device")
