@@ -190,6 +190,6 @@ def stall(handler: Handler) -> None:
 
 def lose_answer(handler: Handler) -> None:
     """Carry a write out, and break the connection before it is answered."""
-    if handler.command == "POST":
+    if handler.command in ("POST", "PUT"):
         handler.store()
     reset(handler)

@@ -10,8 +10,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 
 from gcs_server import GcsServer
+from s3_proxy import S3Proxy
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -51,11 +53,23 @@ def serve_s3() -> Iterator[str]:
 @contextlib.contextmanager
 def serve_gcs() -> Iterator[GcsServer]:
     """The GCS server, in a thread."""
-    with GcsServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with GcsServer() as server, _served(server):
+        yield server
+
+
+@contextlib.contextmanager
+def serve_proxy(target: str) -> Iterator[S3Proxy]:
+    """A proxy of the S3 server at ``target``, in a thread."""
+    with S3Proxy(target) as server, _served(server):
+        yield server
+
+
+@contextlib.contextmanager
+def _served(server: ThreadingHTTPServer) -> Iterator[None]:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()

@@ -76,6 +76,29 @@ def test_a_claim_that_is_renewed_is_not_taken_over(folder, clock):
     assert a.commit(0, {"by": "a"})
 
 
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_clocks_an_hour_apart_neither_take_over_early_nor_late(folder, clock, ahead):
+    a, b = worker(folder, "a"), worker(folder, "b")
+    passed = 0.0
+
+    def by(one):
+        clock.now = 10_000 + passed + (ahead if one is a else 0)
+        return one
+
+    assert by(a).claim(0)
+    for _ in range(5):
+        assert not by(b).claim(0)
+        passed += LEASE - 1
+        by(a).renew()
+    assert not by(b).claim(0)  # the last sign of life, seen now
+    passed += LEASE - 1
+    assert not by(b).claim(0)
+    passed += 1
+    assert by(b).claim(0)
+    assert not by(a).commit(0, {"by": "a"})
+    assert by(b).commit(0, {"by": "b"})
+
+
 def test_a_holder_learns_that_it_was_overtaken(folder, clock):
     a, b = worker(folder, "a"), worker(folder, "b")
     a.claim(0)

@@ -3,12 +3,13 @@
 import os
 import threading
 from itertools import count
+from urllib.parse import unquote
 
 import gcs_server
 import numpy as np
 import pytest
 from gcs_server import lose_answer, reset, stall, status, times
-from object_stores import ENVIRONMENT, serve_gcs, serve_s3
+from object_stores import ENVIRONMENT, serve_gcs, serve_proxy, serve_s3
 from small_store import SmallStore, whole_store
 
 from saex_pipe.common.errors import InputError, SaexError
@@ -23,11 +24,11 @@ NUMBERS = count()
 
 @pytest.fixture(scope="module")
 def stores():
-    """URIs of the roots, by kind, and the GCS server."""
-    with pytest.MonkeyPatch.context() as patch, serve_s3() as s3, serve_gcs() as gcs:
-        for name, value in {**ENVIRONMENT, "SAEX_S3_ENDPOINT": s3, "TENSORSTORE_GCS_HTTP_URL": gcs.url}.items():
+    """URIs of the roots, by kind, and the servers: of S3 a proxy, since moto makes no faults."""
+    with pytest.MonkeyPatch.context() as patch, serve_s3() as moto, serve_proxy(moto) as s3, serve_gcs() as gcs:
+        for name, value in {**ENVIRONMENT, "SAEX_S3_ENDPOINT": s3.url, "TENSORSTORE_GCS_HTTP_URL": gcs.url}.items():
             patch.setenv(name, value)
-        yield {"s3": "s3://bucket/runs", "gs": "gs://bucket/runs", "server": gcs}
+        yield {"s3": "s3://bucket/runs", "gs": "gs://bucket/runs", "servers": {"s3": s3, "gs": gcs}}
 
 
 @pytest.fixture(params=["file", "s3", "gs"])
@@ -38,8 +39,16 @@ def folder(request, stores, tmp_path):
 @pytest.fixture
 def gcs(stores):
     """A folder on GCS, and its server without faults."""
-    server = stores["server"]
+    server = stores["servers"]["gs"]
     yield Folder(f"gs://bucket/runs/{next(NUMBERS)}"), server
+    server.faults.clear()
+
+
+@pytest.fixture(params=["s3", "gs"])
+def remote(request, stores):
+    """A folder, its server without faults, and the method of an upload."""
+    server = stores["servers"][request.param]
+    yield Folder(f"{stores[request.param]}/{next(NUMBERS)}"), server, {"s3": "PUT", "gs": "POST"}[request.param]
     server.faults.clear()
 
 
@@ -125,6 +134,25 @@ def test_a_shard_that_another_has_written_is_left_alone(folder):
     np.testing.assert_array_equal(ActivationStore(store.uri).acts("a", range(24)), store.acts_NLD)
 
 
+def test_a_shard_is_one_request_an_object_and_a_chunk_is_one(remote):
+    folder, server, upload = remote
+    store = SmallStore(folder.uri).start()
+    windows = store.shards[1]
+    part = slice(windows.start, windows.stop)
+    server.requests.clear()
+    store.writer.write_shard(windows, store.tokens_NL[part], store.keep_NL[part], {"a": store.acts_NLD[part]})
+    writes = [unquote(path) for method, path in server.requests if method == upload]
+    assert len(writes) == 3
+    assert [method for method, _ in server.requests if method not in (upload, "HEAD")] == []
+    store.write(*range(6)).finish()
+    found = ActivationStore(store.uri)
+    found.rows_per_chunk()
+    found.index.checksums("acts/a")
+    server.requests.clear()
+    list(found.chunks("acts/a", [3, 0, 5]))
+    assert [method for method, _ in server.requests] == ["GET"] * 3
+
+
 FAULTS = {
     "429": status(429),
     "500": status(500),
@@ -136,9 +164,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_requests_that_fail_for_a_while_lose_and_double_nothing(gcs, fault, method):
-    folder, server = gcs
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_requests_that_fail_for_a_while_lose_and_double_nothing(remote, fault, kind):
+    folder, server, upload = remote
+    method = "GET" if kind == "read" else upload
     store = SmallStore(folder.uri).start()
     fail = times(3, FAULTS[fault], method)
     server.faults.append(fail)
@@ -149,26 +178,26 @@ def test_requests_that_fail_for_a_while_lose_and_double_nothing(gcs, fault, meth
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_claim_survives_requests_that_fail(gcs, fault):
-    folder, server = gcs
+def test_a_claim_survives_requests_that_fail(remote, fault):
+    folder, server, upload = remote
     own, other = Claims(folder, "own", 60.0), Claims(folder, "other", 60.0)
-    server.faults.append(times(2, FAULTS[fault], "POST"))
+    server.faults.append(times(2, FAULTS[fault], upload))
     assert own.claim(0)
     assert not other.claim(0)
-    server.faults.append(times(2, FAULTS[fault], "POST"))
+    server.faults.append(times(2, FAULTS[fault], upload))
     assert own.commit(0, {"by": "own"})
     assert not other.claim(0)
     assert folder.read("ledger/000000.json") == b'{"by": "own"}'
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_conditional_shard_survives_requests_that_fail(gcs, fault):
-    folder, server = gcs
+def test_a_conditional_shard_survives_requests_that_fail(remote, fault):
+    folder, server, upload = remote
     store = SmallStore(folder.uri).start()
     windows = store.shards[0]
     part = slice(windows.start, windows.stop)
     before = store.writer.generations(windows)
-    server.faults.append(times(2, FAULTS[fault], "POST"))
+    server.faults.append(times(2, FAULTS[fault], upload))
     arguments = windows, store.tokens_NL[part], store.keep_NL[part], {"a": store.acts_NLD[part]}
     store.writer.write_shard(*arguments, over=before)
 
