@@ -1,4 +1,4 @@
-"""Between TensorStore and moto's S3: passes requests on, counts them, and does the faults of ``gcs_server`` on demand."""
+"""Between TensorStore and S3 of moto: passes requests on, counts them, and does the faults of ``gcs_server``."""
 
 import http.client
 import threading
@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         if not any(fault(self) for fault in list(self.server.faults)):
             self.answer(*self.store())
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one  # noqa: N815 - the names that are looked for
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
 
     def store(self) -> tuple[int, list[tuple[str, str]], bytes]:
         """Have the server carry the request out; its answer."""
