@@ -6,27 +6,20 @@ Alec Radford, Ilya Sutskever, Jan Leike, Jeffrey Wu. 2024. https://arxiv.org/abs
     z     = (x - b_pre) W_enc + b_enc            b_pre = b_dec, except for a transcoder: b_pre = 0
     f     = relu(TopK(z, k))
     x_hat = f W_dec + b_dec
-    e     = sg(x - x_hat)
-    e_hat = TopK(z restricted to dead latents, k_aux) W_dec
-    L     = ||x - x_hat||^2 / ||x - mean||^2 + a min(1, dead / k_aux) ||e - e_hat||^2 / ||e - mean(e)||^2
+    L     = ||x - x_hat||^2 / ||x - mean||^2 + a L_aux       L_aux: see auxk.py
 
-with sums over rows and axes, batch means, sg = no gradient, a = 1/32, k_aux = D/2. Rows of W_dec have unit length.
-For a transcoder x_hat, e and the two norms are of the target.
+with sums over rows and axes, the mean of the batch, and a = 1/32. Rows of W_dec have unit length. For a transcoder
+x_hat and the norms are of the target.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from saex_pipe.common.sae.auxk import auxk_loss
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
-from saex_pipe.common.sae.matmul import matmul
-from saex_pipe.common.sae.reconstruction import Reconstruction, fit, ratio_or_zero, squared_error_and_variance
+from saex_pipe.common.sae.reconstruction import Reconstruction, fit
 from saex_pipe.common.sae.sparse import ActiveCodes, decode_active, topk_codes
-
-AUXILIARY_STEP = 4  # the sizes for which the auxiliary loss is compiled: k_aux, 4 k_aux, all latents
 
 
 @variant(swept=("auxiliary_coefficient",))
@@ -75,10 +68,16 @@ class TopK(Variant):
         active = self.active(params, x_BD, compute)
         recon_BD = self._decoded(params, x_BD, active, compute)
         fitted = fit(self.reconstruction, target_BD, recon_BD)
-        residual_BD = jax.lax.stop_gradient(target_BD - recon_BD)
-        every = slice(None, None, self.auxiliary_stride)
-        auxiliary = self._auxiliary(params, x_BD[every], residual_BD[every], moment.dead_F, compute)
-        auxiliary *= self.auxiliary_coefficient
+        auxiliary = self.auxiliary_coefficient * auxk_loss(
+            self,
+            params,
+            x_BD,
+            target_BD - recon_BD,
+            moment.dead_F,
+            compute,
+            k=self.k_auxiliary,
+            stride=self.auxiliary_stride,
+        )
         positive_BK = active.values_BK > 0
         total = fitted.loss + auxiliary
         return total, LossTerms(
@@ -90,33 +89,6 @@ class TopK(Variant):
             fvu=fitted.fvu,
             active_F=jnp.zeros(self.latents, jnp.int32).at[active.latents_BK].add(positive_BK.astype(jnp.int32)),
         )
-
-    def _auxiliary(
-        self, params: Params, x_BD: Array, residual_BD: Array, dead_F: Array, compute: Compute
-    ) -> Float[Array, ""]:
-        k = min(self.k_auxiliary or max(1, residual_BD.shape[1] // 2), self.latents)
-        dead_count = jnp.sum(dead_F, dtype=jnp.int32)
-        # Work grows with the dead latents: the smallest of a few fixed sizes that holds them all.
-        sizes = sorted({k, min(AUXILIARY_STEP * k, self.latents), self.latents})
-
-        def none_dead(_: Params) -> Array:
-            return jnp.zeros((), jnp.float32)
-
-        def at_most(size: int, params: Params) -> Array:
-            (dead_M,) = jnp.nonzero(dead_F, size=size, fill_value=0)
-            is_dead_M = jnp.arange(size, dtype=jnp.int32) < dead_count
-            centred_BD = self.centre(params, x_BD)
-            z_BM = matmul(centred_BD, params["w_enc_DF"][:, dead_M], compute.dtype) + params["b_enc_F"][dead_M][None]
-            chosen_BM = jnp.broadcast_to(is_dead_M[None], z_BM.shape)
-            if size > k:
-                dead_z_BM = jnp.where(chosen_BM, jax.lax.stop_gradient(z_BM), -jnp.inf)
-                chosen_BM &= dead_z_BM >= jax.lax.top_k(dead_z_BM, k)[0][:, -1:]
-            recon_BD = matmul(jnp.where(chosen_BM, z_BM, 0.0), params["w_dec_FD"][dead_M], compute.dtype)
-            error, variance = squared_error_and_variance(residual_BD, recon_BD)
-            return jnp.minimum(1.0, dead_count / k) * ratio_or_zero(error, variance)
-
-        branch = jnp.sum(dead_count > jnp.array([0, *sizes[:-1]]), dtype=jnp.int32)
-        return jax.lax.switch(branch, [none_dead, *(partial(at_most, size) for size in sizes)], params)
 
     def default_learning_rate(self) -> float:
         """2e-4 at 2^14 latents, falling with the square root of their number (Gao et al. 2024, section 3)."""
