@@ -120,11 +120,21 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, raw = text.partition("=")
     if not separator or not key.strip():
         raise InputError(f"--set {text!r} is not of the form key=value", "write for instance --set k=32")
+    return key.strip(), parse_value(raw)
+
+
+def parse_value(raw: str) -> Any:
+    """A value as TOML writes it, ``none`` as None, all else as a plain string."""
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
+        return tomllib.loads(f"value = {raw}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
-        value = None if raw.strip() == "none" else raw
-    return key.strip(), value
+        return None if raw.strip() == "none" else raw
+
+
+def takes_list(config: type[StageConfig], name: str) -> bool:
+    """Whether a field holds a list of values."""
+    field = config.model_fields.get(name)
+    return field is not None and get_origin(field.annotation) is tuple
 
 
 def comma_list(config: type[StageConfig], name: str, value: Any) -> Any:
@@ -132,7 +142,7 @@ def comma_list(config: type[StageConfig], name: str, value: Any) -> Any:
     field = config.model_fields.get(name)
     if value is None and field is not None and type(None) not in get_args(field.annotation):
         value = "none"
-    if field is not None and get_origin(field.annotation) is tuple:
+    if takes_list(config, name):
         if isinstance(value, str):
             return [part.strip() for part in re.split(r",(?![^{]*})", value)]
         if not isinstance(value, list | tuple):

@@ -5,6 +5,7 @@ A stage that stands alone is a chain of one: the same recipe, the same wiring, t
 
 import difflib
 import importlib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from saex_pipe.common.config import StageConfig, Upstream, canonical_digest, comma_list, parse_assignment
+from saex_pipe.common.config import (
+    Resource,
+    StageConfig,
+    Upstream,
+    canonical_digest,
+    comma_list,
+    parse_assignment,
+    parse_value,
+    takes_list,
+)
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest, fingerprint
@@ -20,6 +30,8 @@ from saex_pipe.common.formats.stage_output import finished_output
 
 # In the order in which they can run. The configuration is light to import; what runs it is not.
 STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
+SWEPT_STAGE = "train"  # whose settings may be lists, see ``sweep``
+SWEEP = "sweep"  # folder of a run that holds one run an SAE
 _ALONE = ("copy",)  # has settings, but no place in a chain
 _RECIPES = files("saex_pipe.pipelines.recipes")
 
@@ -119,18 +131,32 @@ def with_assignments(recipe: Recipe, assignments: Sequence[str], stage: str | No
             owner = stage
         else:
             raise InputError(f"--set {text!r} names no stage", "write stage.key=value, for instance train.k=64")
-        settings.setdefault(owner, {})[key] = comma_list(config_class(owner), key, value)
+        cls = config_class(owner)
+        settings.setdefault(owner, {})[key] = split_values(cls, key, comma_list(cls, key, value))
     return Recipe(recipe.name, recipe.title, recipe.stages, settings, recipe.text)
 
 
-def configure(recipe: Recipe, stage: str, out: str, places: Mapping[str, str] | None = None) -> StageConfig:
+def split_values(cls: type[StageConfig], key: str, value: Any) -> Any:
+    """``"16,32,64"`` of a setting of the train stage that takes one value, as a list of three: a sweep."""
+    if cls.stage != SWEPT_STAGE or not isinstance(value, str) or takes_list(cls, key):
+        return value
+    parts = re.split(r",(?![^{]*})", value)  # not within braces, as in a glob of taps
+    if key not in cls.model_fields or key in {"out", *cls.marked(Upstream), *cls.marked(Resource)} or len(parts) == 1:
+        return value
+    return [parse_value(part.strip()) for part in parts]
+
+
+def configure(
+    recipe: Recipe, stage: str, out: str, places: Mapping[str, str] | None = None, member: str = ""
+) -> StageConfig:
     """The configuration of one stage of a run at ``out``.
 
     What the recipe leaves open is joined up: an input comes from the folder of the stage that writes it, under
     ``out`` unless ``places`` says otherwise; the tokenizer and the model to evaluate are those of the harvest.
+    ``member`` is the name of one SAE of a sweep, whose results have folders of their own.
     """
     cls = config_class(stage)
-    values = {"out": join(out, cls.folder), **recipe.settings.get(stage, {})}
+    values = {"out": join(out, member_folder(stage, member)), **recipe.settings.get(stage, {})}
     for name in cls.marked(Upstream):
         field = cls.model_fields[name]
         mark = next(m for m in field.metadata if isinstance(m, Upstream))
@@ -168,14 +194,35 @@ def run_chain(
     """
     places: dict[str, str] = {}
     for stage in recipe.stages:
-        config = configure(recipe, stage, out, places)
-        if upstream is not None and not is_up_to_date(config):
-            elsewhere = config.model_copy(update={"out": join(upstream, config.folder)})
-            if is_up_to_date(elsewhere) or (stage not in stages and Manifest.read(Folder(config.out)) is None):
-                config = elsewhere
+        config = placed(recipe, stage, out, places, stages=stages, upstream=upstream)
         places[config.folder] = config.out
         if stage in stages:
             yield finish_stage(config, force=force)
+
+
+def placed(
+    recipe: Recipe,
+    stage: str,
+    out: str,
+    places: Mapping[str, str],
+    *,
+    stages: Sequence[str],
+    upstream: str | None = None,
+    member: str = "",
+) -> StageConfig:
+    """The configuration of a stage where its result is or will be: at ``out``, or under ``upstream`` if it is there."""
+    config = configure(recipe, stage, out, places, member)
+    if upstream is not None and not is_up_to_date(config):
+        elsewhere = config.model_copy(update={"out": join(upstream, member_folder(stage, member))})
+        if is_up_to_date(elsewhere) or (stage not in stages and Manifest.read(Folder(config.out)) is None):
+            config = elsewhere
+    return config
+
+
+def member_folder(stage: str, member: str) -> str:
+    """The folder of a stage's result under the root of a run."""
+    folder = config_class(stage).folder
+    return f"{SWEEP}/{member}/{folder}" if member else folder
 
 
 def finish_stage(config: StageConfig, *, force: bool) -> Finished:
@@ -185,6 +232,17 @@ def finish_stage(config: StageConfig, *, force: bool) -> Finished:
         return Finished(config, found, ran=False)
     run = importlib.import_module(f"saex_pipe.stages.{config.stage}.run").run
     return Finished(config, run(config, force=force), ran=found is None)
+
+
+def finish_together(configs: Sequence[StageConfig], *, force: bool) -> Iterator[Finished]:
+    """Train the SAEs of a sweep, those that are not there yet, together."""
+    found = [finished_output(config) for config in configs]
+    missing = [config for config, manifest in zip(configs, found, strict=True) if manifest is None]
+    made: Iterator[Manifest] = iter(())
+    if missing:
+        made = iter(importlib.import_module("saex_pipe.stages.train.run").run_sweep(missing, force=force))
+    for config, manifest in zip(configs, found, strict=True):
+        yield Finished(config, manifest or next(made), ran=manifest is None)
 
 
 def is_up_to_date(config: StageConfig) -> bool:

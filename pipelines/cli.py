@@ -58,17 +58,24 @@ def run(
     force: _Force = False,
 ) -> None:
     """Run the stages of a recipe, each where its result is not there yet."""
-    from saex_pipe.pipelines import chain, console
+    from saex_pipe.pipelines import chain, console, sweep
 
     loaded = chain.with_assignments(chain.load_recipe(recipe), set_ or [])
-    stages = _chosen(loaded, from_, only)
+    stages, place = _chosen(loaded, from_, only), out or _default_out(loaded.name)
+    members = sweep.members(loaded)
+    if members[0].name:
+        stages = stages if from_ or only else sweep.default_stages(loaded)
+        running = sweep.run_sweep(members, place, stages=stages, upstream=upstream, force=force)
+    else:
+        running = chain.run_chain(loaded, place, stages=stages, upstream=upstream, force=force)
     finished = []
-    for stage in chain.run_chain(
-        loaded, out or _default_out(loaded.name), stages=stages, upstream=upstream, force=force
-    ):
+    for stage in running:
         console.print_stage(stage)
         finished.append(stage)
-    console.print_table(finished)
+    if members[0].name:
+        console.print_sweep(*sweep.write_table(place, sweep.table(members, finished)))
+    else:
+        console.print_table(finished)
 
 
 def _chosen(recipe: "Recipe", first: str | None, only: str | None) -> Sequence[str]:
@@ -92,12 +99,20 @@ def _default_out(name: str) -> str:
 
 def _stage_command(stage: str, summary: str) -> Callable[..., None]:
     def command(recipe: _OptionalRecipe = None, set_: _Set = None, out: _Out = None, force: _Force = False) -> None:
-        from saex_pipe.pipelines import chain, console
+        from saex_pipe.pipelines import chain, console, sweep
 
         loaded = chain.load_recipe(recipe) if recipe is not None else chain.Recipe("custom", "", (), {}, "")
-        loaded = chain.with_assignments(loaded, set_ or [], stage)
-        config = chain.configure(loaded, stage, out or _default_out(loaded.name))
-        console.print_stage(chain.finish_stage(config, force=force))
+        loaded, place = chain.with_assignments(loaded, set_ or [], stage), out or _default_out(loaded.name)
+        members = sweep.members(loaded) if stage == chain.SWEPT_STAGE else []
+        if members and members[0].name:
+            configs = [chain.configure(member.recipe, stage, place, member=member.name) for member in members]
+            finished = []
+            for done in chain.finish_together(configs, force=force):
+                console.print_stage(done)
+                finished.append(done)
+            console.print_sweep(*sweep.write_table(place, sweep.table(members, finished)))
+        else:
+            console.print_stage(chain.finish_stage(chain.configure(loaded, stage, place), force=force))
 
     command.__doc__ = summary
     return command

@@ -1,7 +1,7 @@
 """What the command line prints about stages: one line each, the table at the end, status, settings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -12,7 +12,7 @@ from saex_pipe.common.config import StageConfig, Upstream, field_extra
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import STARTED, Manifest
-from saex_pipe.pipelines.chain import STAGES, Finished, config_class, join
+from saex_pipe.pipelines.chain import STAGES, SWEEP, Finished, config_class, join
 
 _SCORES = {
     "l0": "L0, active latents per row",
@@ -56,6 +56,29 @@ def print_table(finished: Sequence[Finished]) -> None:
         print(f"page of the best features: {page}")
 
 
+_SWEEP_COLUMNS = {
+    "l0": "L0",
+    "fvu": "FVU",
+    "ce_recovered": "CE recovered",
+    "recovered_fraction": "recovered",
+    "dead_fraction": "dead",
+}
+
+
+def print_sweep(rows: Sequence[Mapping[str, Any]], table_uri: str) -> None:
+    """One line an SAE: what was swept, and how it came out."""
+    shown = [name for name in _SWEEP_COLUMNS if any(row.get(name) is not None for row in rows)]
+    table = Table("SAE", *(_SWEEP_COLUMNS[name] for name in shown), title="Sweep", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        values = (row.get(name) for name in shown)
+        table.add_row(row["name"], *("" if value is None else f"{value:.4g}" for value in values))
+    Console(soft_wrap=False).print(table)
+    scored = {row["scored_on"] for row in rows if "scored_on" in row}
+    print(f"scores of {' and '.join(sorted(scored))}; the table: {table_uri}")
+
+
 def _figures(manifest: Manifest) -> tuple[str, str, str, str]:
     totals, seconds = manifest.totals, manifest.timings["seconds"]
     unit = next((name for name in ("tokens", "rows") if name in totals), None)
@@ -76,7 +99,9 @@ def _bytes(size: float) -> str:
 def print_status(uri: str) -> None:
     """The state of every stage of the run at ``uri``, or of the one stage whose folder it is."""
     folders = dict.fromkeys(config_class(stage).folder for stage in STAGES)
-    rows = [row for folder in folders if (row := _state(join(uri, folder), folder)) is not None]
+    members = sorted({"/".join(name.split("/")[:2]) for name in Folder(uri).list(f"{SWEEP}/") if name.count("/") > 2})
+    names = [*folders, *(f"{member}/{folder}" for member in members for folder in folders)]
+    rows = [row for name in names if (row := _state(join(uri, name), name)) is not None]
     rows = rows or [row for row in [_state(uri, uri.rstrip("/").rpartition("/")[2])] if row is not None]
     if not rows:
         raise InputError(f"{uri} holds no output of saex-pipe", "give the folder of a run, such as runs/quickstart")
