@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from saex_pipe.common.formats.activations import ActivationStore
-from saex_pipe.stages.view.markup import Markup, tag
+from saex_pipe.common.markup import Markup, tag
 
 _WIDTH, _HEIGHT, _FLOOR = 640.0, 180.0, 150.0
 _CHANNELS = 128

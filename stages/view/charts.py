@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from saex_pipe.stages.view import numerals
-from saex_pipe.stages.view.markup import Markup, join, tag
+from saex_pipe.common import numerals
+from saex_pipe.common.markup import Markup, join, tag
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BINS_PER_DECADE = 4

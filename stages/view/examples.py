@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from saex_pipe.common import numerals
 from saex_pipe.common.formats.feature_cache import TOP_STRATUM
-from saex_pipe.stages.view import numerals
-from saex_pipe.stages.view.markup import Markup, join, tag
+from saex_pipe.common.markup import Markup, join, tag
 
 SHOWN_AT_ONCE = 8  # strongest examples that need no click
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from saex_pipe.stages.view import charts, examples, numerals
-from saex_pipe.stages.view.markup import Markup, join, tag
+from saex_pipe.common import numerals
+from saex_pipe.common.markup import Markup, join, tag
+from saex_pipe.stages.view import charts, examples
 
 Link = Callable[[int], str | None]  # where a feature is shown, None where it is not
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from saex_pipe.common import numerals
 from saex_pipe.common.formats.feature_cache import CacheSource, FeatureCache
-from saex_pipe.stages.view import charts, examples, numerals
+from saex_pipe.common.markup import Markup, join, tag
+from saex_pipe.stages.view import charts, examples
 from saex_pipe.stages.view.feature_card import feature_card
-from saex_pipe.stages.view.markup import Markup, join, tag
 
 # Key of scores.json: name, whether it is shown in percent, what it means in plain words. The last two are of toys.
 SCORES: dict[str, tuple[str, bool, str]] = {

@@ -4,7 +4,7 @@ import html
 
 import pytest
 
-from saex_pipe.stages.view.markup import Markup, escape, join, tag
+from saex_pipe.common.markup import Markup, escape, join, tag
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x>', "' onclick='x", "&lt;", "a & b"])

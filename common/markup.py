@@ -1,7 +1,7 @@
 """HTML built so that text cannot become markup: every string that is not ``Markup`` is escaped by ``escape``.
 
 Tokens, model names and the like come from outside and may hold anything, from ``<script>`` to control characters
-and codes that reverse the reading direction. All of it passes through ``escape``; nothing else in this stage may
+and codes that reverse the reading direction. All of it passes through ``escape``; nothing else may
 turn a plain string into ``Markup``.
 """
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from saex_pipe.stages.view import numerals
+from saex_pipe.common import numerals
 
 
 @pytest.mark.parametrize(
