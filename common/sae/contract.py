@@ -9,9 +9,9 @@ crosscoder reads and writes several taps, concatenated: both are the sum of ``ta
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,12 @@ class Variant(ABC):
     centred: bool = True  # encode x - b_dec rather than x; a transcoder never does
     reconstruction: Reconstruction = "squared"
     initial: Initial = PLAIN_START
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on the settings ``given``, by field; those of the fields hold for the rest."""
+        del given
+        return {}
 
     def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:
         """Parameters at step 0."""

@@ -6,10 +6,11 @@ from typing import Any
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.contract import Variant
+from saex_pipe.common.sae.jumprelu import JumpRelu
 from saex_pipe.common.sae.relu import Relu
 from saex_pipe.common.sae.topk import TopK
 
-VARIANTS: dict[str, type[Variant]] = {"relu": Relu, "topk": TopK}
+VARIANTS: dict[str, type[Variant]] = {"jumprelu": JumpRelu, "relu": Relu, "topk": TopK}
 # What to say of a setting that a variant needs.
 _REMEDIES = {"k": "set k, the active latents per row, 1 to {latents}", "sparsity_coefficient": "set it, for instance 5"}
 
@@ -40,7 +41,7 @@ def build(variant_name: str, latents: int, **settings: Any) -> Variant:
             remedy = _REMEDIES.get(name, f"set {name}").format(latents=latents)
             raise InputError(f"{variant_name} needs {name}", remedy)
     _check(given, latents)
-    return cls(latents=latents, **given)
+    return cls(latents=latents, **{**cls.defaults(given), **given})
 
 
 def variant_class(name: str) -> type[Variant]:
@@ -61,5 +62,8 @@ def _check(given: dict[str, Any], latents: int) -> None:
         raise InputError(f"sparsity_coefficient = {coefficient} is below 0", "set it to 0 or more")
     if given.get("auxiliary_stride", 1) < 1:
         raise InputError(f"auxiliary_stride = {given['auxiliary_stride']} is below 1", "set it to 1 for every row")
+    target_l0 = given.get("target_l0")
+    if target_l0 is not None and not 0 < target_l0 <= latents:
+        raise InputError(f"target_l0 = {target_l0} is outside 0 to {latents} (latents)", "lower it or raise latents")
     if given.get("skip") and not given.get("transcoder"):
         raise InputError("skip = true without a target", "a linear path is for transcoders: set target_tap")

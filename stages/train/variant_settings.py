@@ -11,11 +11,13 @@ from saex_pipe.common.config import StageConfig, setting
 class VariantSettings(StageConfig):
     """The fields of ``common.sae`` variants, by their names there."""
 
-    variant: str = setting("topk", unit="", meaning="kind of autoencoder: topk or relu")
+    variant: str = setting("topk", unit="", meaning="kind of autoencoder: topk, jumprelu or relu")
     latents: int | None = setting(None, unit="latents", meaning="width of the dictionary", ge=1)
     expansion: float | None = setting(None, unit="latents per input dimension", meaning="or its relative width", gt=0)
     k: int | None = setting(None, unit="active latents per row", meaning="sparsity of topk (default 32)", ge=1)
-    sparsity_coefficient: float | None = setting(None, unit="", meaning="weight of the sparsity penalty of relu", ge=0)
+    sparsity_coefficient: float | None = setting(
+        None, unit="", meaning="weight of the sparsity penalty of relu and jumprelu", ge=0
+    )
     reconstruction: Literal["squared", "variance_normalised", "absolute"] | None = setting(
         None, unit="", meaning="loss of the reconstruction: squared error, its share of the variance, absolute error"
     )
@@ -31,4 +33,33 @@ class VariantSettings(StageConfig):
     )
     auxiliary_stride: int | None = setting(
         None, unit="rows", meaning="that loss reads every so-many-th row (default 1); its cost falls likewise", ge=1
+    )
+    jumprelu_form: Literal["l0", "tanh", "target_l0"] | None = setting(
+        None,
+        unit="",
+        meaning="penalty of jumprelu: active latents, their tanh (default), or their distance from target_l0",
+    )
+    bandwidth: float | None = setting(
+        None, unit="of a pre-activation", meaning="width around a threshold in which it learns, of jumprelu", gt=0
+    )
+    threshold_start: float | None = setting(
+        None, unit="of a pre-activation", meaning="first threshold of jumprelu", ge=0
+    )
+    threshold_rate: float | None = setting(
+        None, unit="", meaning="learning rate of jumprelu's thresholds, relative to that of all else", ge=0
+    )
+    target_l0: float | None = setting(
+        None, unit="active latents per row", meaning="what jumprelu's target_l0 aims at (default 32)", gt=0
+    )
+    tanh_scale: float | None = setting(
+        None, unit="per code", meaning="how soon jumprelu's tanh saturates (default 4)", gt=0
+    )
+    pre_activation_coefficient: float | None = setting(
+        None, unit="", meaning="pull of jumprelu's tanh on dead latents (default 3e-6)", ge=0
+    )
+    frequency_coefficient: float | None = setting(
+        None, unit="", meaning="weight of latents that fire too often, in jumprelu's target_l0 (default 1)", ge=0
+    )
+    frequency_limit: float | None = setting(
+        None, unit="share of rows", meaning="above which a latent fires too often there (default 0.1)", ge=0, le=1
     )
