@@ -1,7 +1,8 @@
 """To and from the layout of SAELens, in memory: the dict of ``cfg.json`` and the arrays of ``sae_weights.safetensors``.
 
 Written for SAELens 6 (``SAE.load_from_disk``), tried with 6.54. Its names: W_enc [d_in, d_sae], b_enc [d_sae],
-W_dec [d_sae, d_out], b_dec [d_out]; architectures "topk", "standard" (ReLU) and "transcoder" (ReLU).
+W_dec [d_sae, d_out], b_dec [d_out]; architectures "topk", "standard" (ReLU), "transcoder" (ReLU), "jumprelu" and
+"jumprelu_transcoder" (threshold [d_sae], in units of the latents, which folding leaves alone there as here).
 A TopK transcoder has no class of its own there: with equal widths SAELens' "topk" without ``apply_b_dec_to_input``
 computes the same, with different widths no SAELens class does, and the architecture is called "topk_transcoder".
 """
@@ -14,11 +15,13 @@ import numpy as np
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.contract import Params, Variant
+from saex_pipe.common.sae.jumprelu import JumpRelu
 from saex_pipe.common.sae.relu import Relu
 from saex_pipe.common.sae.topk import TopK
 
 SAELENS_VERSION = "6.54.12"  # from 6.0 on, SAELens reads cfg.json as written here
 TENSOR_NAMES = {"W_enc": "w_enc_DF", "b_enc": "b_enc_F", "W_dec": "w_dec_FD", "b_dec": "b_dec_D"}
+THRESHOLD = {"threshold": "threshold_F"}
 EXACT_SETTINGS = {"normalize_activations": "none", "reshape_activations": "none", "rescale_acts_by_decoder_norm": False}
 
 
@@ -72,16 +75,22 @@ def to_saelens(
                 cfg |= {"architecture": "topk" if width_in == width_out else "topk_transcoder", "d_out": width_out}
         case Relu(transcoder=True):
             cfg |= {"architecture": "transcoder", "d_out": width_out}
+        case JumpRelu(transcoder=True):
+            cfg |= {"architecture": "jumprelu_transcoder", "d_out": width_out}
+        case JumpRelu():
+            cfg |= {"architecture": "jumprelu"}
         case _:
             cfg |= {"architecture": "standard"}
-    return cfg, {theirs: np.asarray(params[ours], np.float32) for theirs, ours in TENSOR_NAMES.items()}
+    names = {**TENSOR_NAMES, **THRESHOLD} if "threshold_F" in params else TENSOR_NAMES
+    return cfg, {theirs: np.asarray(params[ours], np.float32) for theirs, ours in names.items()}
 
 
 def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Variant, Params]:
     """The variant and its parameters, in raw units.
 
-    What only training needs (coefficients) is not in the layout and comes back as the default, a ReLU's sparsity
-    coefficient as 0. A ReLU that subtracts ``b_dec`` from its input comes back with the product moved into ``b_enc``.
+    What only training needs (coefficients) is not in the layout and comes back as the default, the sparsity coefficient
+    of a ReLU or JumpReLU as 0. A ReLU that subtracts ``b_dec`` from its input comes back with the product moved into
+    ``b_enc``.
 
     Raises:
         InputError: an architecture or setting that is not computed here, or missing or misshapen tensors.
@@ -92,16 +101,19 @@ def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> t
     subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", not transcoder))
     if cfg["architecture"] in ("topk", "topk_transcoder"):
         return TopK(latents=latents, k=int(cfg["k"]), transcoder=not subtracts_b_dec), params
+    if "threshold_F" in params and not transcoder:
+        return JumpRelu(latents=latents, sparsity_coefficient=0.0, centred=subtracts_b_dec), params
     if subtracts_b_dec:
         params["b_enc_F"] = params["b_enc_F"] - params["b_dec_D"] @ params["w_enc_DF"]
-    return Relu(latents=latents, sparsity_coefficient=0.0, transcoder=transcoder), params
+    family = JumpRelu if "threshold_F" in params else Relu
+    return family(latents=latents, sparsity_coefficient=0.0, transcoder=transcoder), params
 
 
 def _refuse_other_settings(cfg: Mapping[str, Any]) -> None:
     missing = sorted({"architecture", "d_in", "d_sae"} - cfg.keys())
     if missing:
         raise InputError(f"cfg.json lacks {', '.join(missing)}", "pass a folder written by SAELens 6 or saex-pipe")
-    known = ("standard", "topk", "topk_transcoder", "transcoder")
+    known = ("standard", "topk", "topk_transcoder", "transcoder", "jumprelu", "jumprelu_transcoder")
     if cfg["architecture"] not in known:
         raise InputError(f"architecture {cfg['architecture']!r} is not known", f"known are {', '.join(known)}")
     if cfg["architecture"].startswith("topk") and "k" not in cfg:
@@ -112,7 +124,8 @@ def _refuse_other_settings(cfg: Mapping[str, Any]) -> None:
 
 
 def _checked_params(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Params:
-    missing = sorted(TENSOR_NAMES.keys() - tensors.keys())
+    names = {**TENSOR_NAMES, **(THRESHOLD if cfg["architecture"].startswith("jumprelu") else {})}
+    missing = sorted(names.keys() - tensors.keys())
     if missing:
         raise InputError(f"sae_weights lacks {', '.join(missing)}", "write the folder again")
     width_in, latents, width_out = int(cfg["d_in"]), int(cfg["d_sae"]), int(cfg.get("d_out", cfg["d_in"]))
@@ -121,10 +134,12 @@ def _checked_params(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
         "b_enc": (latents,),
         "W_dec": (latents, width_out),
         "b_dec": (width_out,),
+        "threshold": (latents,),
     }
-    for name, shape in expected.items():
+    for name in names:
+        shape = expected[name]
         if tensors[name].shape != shape:
             raise InputError(
                 f"{name} has shape {tensors[name].shape}, cfg.json says {shape}", "both files must be of one SAE"
             )
-    return {ours: jnp.asarray(tensors[theirs], jnp.float32) for theirs, ours in TENSOR_NAMES.items()}
+    return {ours: jnp.asarray(tensors[theirs], jnp.float32) for theirs, ours in names.items()}

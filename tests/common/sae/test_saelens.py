@@ -23,11 +23,22 @@ from saex_pipe.common.sae.variants import build
 WIDTH, LATENTS, ROWS, RAW_NORM = 16, 64, 50, 150.0
 METADATA = {"model_name": "tiny", "hook_name": "blocks.3.hook_resid_pre", "context_size": 128, "prepend_bos": True}
 
+JUMPS = {"sparsity_coefficient": 1.0, "threshold_start": 1.0}
+SAELENS_CLASSES = {
+    "topk": "TopKSAE",
+    "standard": "StandardSAE",
+    "transcoder": "Transcoder",
+    "jumprelu": "JumpReLUSAE",
+    "jumprelu_transcoder": "JumpReLUTranscoder",
+}
 CASES: dict[str, tuple[Variant, int, str]] = {
     "topk": (build("topk", LATENTS, k=5), WIDTH, "topk"),
     "relu": (build("relu", LATENTS, sparsity_coefficient=1.0), WIDTH, "standard"),
     "topk transcoder": (build("topk", LATENTS, k=5, transcoder=True), WIDTH, "topk"),
     "topk transcoder to another width": (build("topk", LATENTS, k=5, transcoder=True), 10, "topk_transcoder"),
+    "jumprelu": (build("jumprelu", LATENTS, **JUMPS), WIDTH, "jumprelu"),
+    "jumprelu with b_dec in its input": (build("jumprelu", LATENTS, **JUMPS, jumprelu_form="l0"), WIDTH, "jumprelu"),
+    "jumprelu transcoder": (build("jumprelu", LATENTS, **JUMPS, transcoder=True), 10, "jumprelu_transcoder"),
     "relu transcoder": (build("relu", LATENTS, sparsity_coefficient=1.0, transcoder=True), 10, "transcoder"),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -114,10 +125,7 @@ def test_saelens_computes_the_same(case: str, tmp_path: Path) -> None:
         codes_BF = theirs.encode(torch.from_numpy(np.array(raw_BD)))
         recon_BD = theirs.decode(codes_BF)
         whole_BD = theirs(torch.from_numpy(np.array(raw_BD)))
-    assert (
-        type(theirs).__name__
-        == {"topk": "TopKSAE", "standard": "StandardSAE", "transcoder": "Transcoder"}[CASES[case][2]]
-    )
+    assert type(theirs).__name__ == SAELENS_CLASSES[CASES[case][2]]
     assert theirs.cfg.metadata.hook_name == METADATA["hook_name"]
     for ours, torchs in ((sae.encode(raw_BD), codes_BF), (sae.reconstruct(raw_BD), recon_BD), (recon_BD, whole_BD)):
         ours, torchs = np.asarray(ours, np.float64), torchs.numpy().astype(np.float64)
