@@ -173,6 +173,12 @@ def variant(*, swept: tuple[str, ...] = ()) -> Callable[[type[V]], type[V]]:
     return register
 
 
+def latent_axis(name: str) -> int | None:
+    """Which axis of the parameter of that name is the latents', None where it has none."""
+    axes = name.rpartition("_")[2]
+    return axes.index("F") if "F" in axes else None
+
+
 def row_norms(w_FD: Float[Array, "F D"], tap_widths: tuple[int, ...] = ()) -> Float[Array, " F"]:
     """Lengths of the rows, or sums over ``tap_widths`` of the lengths of their parts. A row of zeros has gradient 0."""
     if not tap_widths:

@@ -1,68 +1,73 @@
-"""The default optimiser: Adam with a clipped gradient, linear warm-up and linear decay at the end.
+"""The optimisers and the one way to build one.
 
-Adam: a method for stochastic optimization. Diederik P. Kingma, Jimmy Ba. 2014. https://arxiv.org/abs/1412.6980
+What is not written out here or in ``adam`` and ``adam_8bit`` is optax's.
+
+Adafactor: Adaptive Learning Rates with Sublinear Memory Cost. Noam Shazeer, Mitchell Stern. 2018.
+https://arxiv.org/abs/1804.04235 - the second moment of a matrix as the outer product of those of its rows and columns.
+
+Muon: An optimizer for hidden layers in neural networks. Keller Jordan and others. 2024.
+https://kellerjordan.github.io/posts/muon/ - the momentum of a matrix, orthogonalised by Newton-Schulz iterations.
+Muon is Scalable for LLM Training. Jingyuan Liu and others. 2025. https://arxiv.org/abs/2502.16982 - the factor
+0.2 sqrt(max(rows, columns)), with which an update is as large as Adam's and takes Adam's learning rate.
+
+signSGD: Compressed Optimisation for Non-Convex Problems. Jeremy Bernstein, Yu-Xiang Wang, Kamyar Azizzadenesheli,
+Anima Anandkumar. 2018. https://arxiv.org/abs/1802.04434 - Signum: the sign of the momentum. A latent that no longer
+fires keeps moving at full rate, since the sign of a momentum does not fade.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
 
-WARMUP_STEPS = 1000  # upper limit; short runs warm up over WARMUP_FRACTION of their steps
-WARMUP_FRACTION = 0.05
-DECAY_FRACTION = 0.2  # the last fifth of the steps, down to 0
-CLIP_NORM = 1.0
-BETA_MEAN, BETA_SQUARE = 0.9, 0.999
+from saex_pipe.common.sae.adam import adam_by
+from saex_pipe.common.sae.adam_8bit import adam_8bit
+from saex_pipe.common.sae.schedules import PLAIN_SCHEDULE, RateSchedule
+
 ADAM_EPSILON = 6.25e-10  # Gao et al. 2024, https://arxiv.org/abs/2406.04093, appendix A
+MUON_RMS = 0.2  # of an update; Liu et al. 2025
+MOMENTUM = {"adam": 0.9, "adam_8bit": 0.9, "adafactor": 0.0, "muon": 0.95, "signum": 0.9}
+
+OptimiserName = Literal["adam", "adam_8bit", "adafactor", "muon", "signum"]
 
 
-class AdamState(NamedTuple):
-    """Running moments of the gradient, float32, in the structure of the parameters."""
+@dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    """Which optimiser, and its constants."""
 
-    updates_done: Int[Array, ""]  # int32
-    mean: Any
-    square: Any
+    name: OptimiserName = "adam"
+    momentum: float | None = None  # decay of the first moment; 0: none is kept; None: the value in MOMENTUM
+    beta_square: float = 0.999  # decay of Adam's second moment
+    epsilon: float = ADAM_EPSILON  # of Adam
+    clip_norm: float | None = 1.0  # gradients are scaled down to this global norm; None: never
+    schedule: RateSchedule = PLAIN_SCHEDULE
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        """Updates for a peak learning rate of 1, to be multiplied by the peak and added to the parameters."""
+
+        def rate(step: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+            return self.schedule.factor(total_steps, step)
+
+        momentum = MOMENTUM[self.name] if self.momentum is None else self.momentum
+        if self.name in ("adam", "adam_8bit"):
+            adam = adam_by if self.name == "adam" else adam_8bit
+            return adam(
+                rate,
+                momentum=momentum,
+                beta_square=self.beta_square,
+                epsilon=self.epsilon,
+                clip_norm=self.clip_norm,
+            )
+        if self.name == "adafactor":
+            # Without the factor of a parameter's own size, so that learning rates mean what they mean to Adam.
+            core = optax.adafactor(rate, multiply_by_parameter_scale=False, momentum=momentum or None)
+        elif self.name == "muon":
+            core = optax.contrib.muon(rate, beta=momentum, adam_b2=self.beta_square, consistent_rms=MUON_RMS)
+        else:
+            core = optax.signum(rate, beta=momentum)
+        return core if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), core)
 
 
-def learning_rate(peak: float, total_steps: int, step: Int[Array, ""]) -> Float[Array, ""]:
-    """Learning rate of one step (0 is the first): linear up to ``peak``, constant, linear down to 0 at the end."""
-    warmup_steps = max(1, min(WARMUP_STEPS, round(WARMUP_FRACTION * total_steps)))
-    decay_steps = max(1, round(DECAY_FRACTION * total_steps))
-    done = step.astype(jnp.float32)
-    return peak * jnp.clip(jnp.minimum((done + 1) / warmup_steps, (total_steps - done) / decay_steps), 0.0, 1.0)
-
-
-def global_norm(gradients: Any) -> Float[Array, ""]:
-    """Length of all gradients taken as one vector."""
-    return jnp.sqrt(sum((jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)), start=jnp.zeros((), jnp.float32)))
-
-
-def adam(total_steps: int, peak_learning_rate: float = 1.0) -> optax.GradientTransformation:
-    """Clip to a global norm of 1, then Adam (0.9, 0.999, 6.25e-10) under ``learning_rate``.
-
-    Equals ``optax.chain(clip_by_global_norm, scale_by_adam, scale_by_learning_rate)``; written out because that
-    chain takes 28 ms where one pass over the parameters takes 16 (5.3 million parameters on two cores).
-    """
-
-    def init(params: Any) -> AdamState:
-        return AdamState(
-            jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
-        )
-
-    def update(gradients: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
-        del params
-        clip = jnp.minimum(1.0, CLIP_NORM / jnp.maximum(optax.tree.norm(gradients), jnp.finfo(jnp.float32).tiny))
-        updates_done = state.updates_done + 1
-        count = updates_done.astype(jnp.float32)
-        rate = learning_rate(peak_learning_rate, total_steps, state.updates_done) / (1 - BETA_MEAN**count)
-        unbias_square = 1 / (1 - BETA_SQUARE**count)
-        mean = jax.tree.map(lambda m, g: BETA_MEAN * m + (1 - BETA_MEAN) * clip * g, state.mean, gradients)
-        square = jax.tree.map(
-            lambda s, g: BETA_SQUARE * s + (1 - BETA_SQUARE) * jnp.square(clip * g), state.square, gradients
-        )
-        updates = jax.tree.map(lambda m, s: -rate * m / (jnp.sqrt(unbias_square * s) + ADAM_EPSILON), mean, square)
-        return updates, AdamState(updates_done, mean, square)
-
-    return optax.GradientTransformation(init, update)
+def adam(total_steps: int) -> optax.GradientTransformation:
+    """The default: Adam (0.9, 0.999, 6.25e-10), clipped to 1, warm-up, constant, linear decay over the last fifth."""
+    return Optimiser().build(total_steps)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -14,7 +15,8 @@ from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
-from saex_pipe.common.sae.optimiser import adam
+from saex_pipe.common.sae.optimiser import Optimiser
+from saex_pipe.common.sae.schedules import RateSchedule, penalty_factor
 from saex_pipe.common.sae.train_step import StepSettings, StepTerms, TrainState, init_state, make_step
 from saex_pipe.common.sae.variants import build, variant_class
 from saex_pipe.stages.train.config import Config
@@ -41,7 +43,7 @@ class Learner:
         self.total_steps = math.ceil(shared.rows / shared.batch_rows)
         self._normalisers = Normalisers(*(_normaliser(shared, store, tap) for tap in (self._tap, self._target)))
         self._stats = _data_stats(store, (self._tap, self._target), self._normalisers)
-        self._optimiser = adam(self.total_steps)
+        self._optimiser = optimiser_of(shared).build(self.total_steps)
         step = make_step(self._optimiser, step_settings(shared, self.total_steps))
         if len(configs) == 1:
             self._variant, self._rate = self.variants[0], jnp.float32(rates[0])
@@ -59,7 +61,8 @@ class Learner:
         # Copies, since the state is donated and input and target may share one normaliser.
         normalisers = jax.tree.map(jnp.copy, self._normalisers)
         zeros = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
-        return init_state(params, self._optimiser, normalisers), zeros
+        averaged = self.configs[member].average_decay is not None
+        return init_state(params, self._optimiser, normalisers, averaged=averaged), zeros
 
     def start(self, states: Sequence[tuple[TrainState, StepTerms]]) -> None:
         """Go on from these, one for each SAE."""
@@ -114,17 +117,40 @@ def _variant_settings(config: Config, *, transcoder: bool) -> dict[str, Any]:
     return settings | {"transcoder": transcoder or None}
 
 
+def optimiser_of(config: Config) -> Optimiser:
+    """The optimiser that the settings describe."""
+    schedule = RateSchedule(
+        warmup=config.learning_rate_warmup,
+        shape=config.learning_rate_shape,
+        cycles=config.learning_rate_cycles,
+        floor=config.learning_rate_floor,
+        decay=config.learning_rate_decay,
+    )
+    return Optimiser(
+        name=config.optimiser,
+        momentum=config.momentum,
+        beta_square=config.beta_square,
+        epsilon=config.epsilon,
+        clip_norm=config.clip_norm,
+        schedule=schedule,
+    )
+
+
 def step_settings(config: Config, total_steps: int) -> StepSettings:
     """What a step is besides variant and optimiser."""
-    warmup = config.sparsity_warmup_steps
-
-    def risen(done: Array) -> Array:
-        return jnp.minimum(1.0, done * total_steps / max(1, warmup))
-
+    if config.batch_rows % config.micro_batches:
+        raise InputError(
+            f"train.batch_rows = {config.batch_rows} does not divide into train.micro_batches = {config.micro_batches}",
+            "set micro_batches to a divisor of batch_rows",
+        )
     return StepSettings(
         total_steps=total_steps,
         dead_after_rows=config.dead_after_rows,
-        sparsity_schedule=risen if warmup else None,
+        sparsity_schedule=partial(penalty_factor, config.sparsity_warmup, total_steps)
+        if config.sparsity_warmup
+        else None,
+        micro_batches=config.micro_batches,
+        average_decay=config.average_decay,
         compute=Compute(dtype=config.compute_dtype),
     )
 
