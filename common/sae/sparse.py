@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saex_pipe.common.sae.compute import ComputeDtype
+from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.matmul import matmul
-from saex_pipe.common.sae.select import top_k
+from saex_pipe.common.sae.select import largest
 
 UNROLL = 8  # rows added per pass over the sum: 3.5 ms, against 7 ms one by one
 DOT_ROWS = 32  # batch rows whose gathered weights fit into cache: 7 ms, against 17 ms as a scan over K
@@ -112,23 +112,23 @@ def topk_codes(
     w_enc_DF: Float[Array, "D F"],
     b_enc_F: Float[Array, " F"],
     k: int,
-    compute_dtype: ComputeDtype,
+    compute: Compute,
 ) -> ActiveCodes:
     """relu of the ``k`` largest entries of each row of ``(x - b_pre) W_enc + b_enc``."""
-    z_BF = matmul(x_BD - b_pre_D[None], w_enc_DF, compute_dtype) + b_enc_F[None]
-    values_BK, latents_BK = top_k(z_BF, k)
+    z_BF = matmul(x_BD - b_pre_D[None], w_enc_DF, compute.dtype) + b_enc_F[None]
+    values_BK, latents_BK = largest(z_BF, k, compute)
     return ActiveCodes(jax.nn.relu(values_BK), latents_BK)
 
 
 def _topk_codes_forward(
-    x_BD: Array, b_pre_D: Array, w_enc_DF: Array, b_enc_F: Array, k: int, compute_dtype: ComputeDtype
+    x_BD: Array, b_pre_D: Array, w_enc_DF: Array, b_enc_F: Array, k: int, compute: Compute
 ) -> tuple[ActiveCodes, tuple[Array, Array, Array, ActiveCodes]]:
-    active = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, k, compute_dtype)
+    active = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, k, compute)
     return active, (x_BD, b_pre_D, w_enc_DF, active)
 
 
 def _topk_codes_backward(
-    k: int, compute_dtype: ComputeDtype, saved: tuple[Array, Array, Array, ActiveCodes], out: ActiveCodes
+    k: int, compute: Compute, saved: tuple[Array, Array, Array, ActiveCodes], out: ActiveCodes
 ) -> tuple[Array, Array, Array, Array]:
     x_BD, b_pre_D, w_enc_DF, active = saved
     latents = w_enc_DF.shape[1]

@@ -19,7 +19,8 @@ from saex_pipe.common.sae.auxk import auxk_loss
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.reconstruction import Reconstruction, fit
-from saex_pipe.common.sae.sparse import ActiveCodes, decode_active, topk_codes
+from saex_pipe.common.sae.sharded import decode_active, dense_codes, rows_active, topk_codes
+from saex_pipe.common.sae.sparse import ActiveCodes
 
 
 @variant(swept=("auxiliary_coefficient",))
@@ -36,15 +37,13 @@ class TopK(Variant):
     reconstruction: Reconstruction = "variance_normalised"
 
     def active(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> ActiveCodes:
-        """The k active latents of each row and their codes, largest first."""
+        """The k active latents of each row and their codes, largest first; on a mesh as ``sharded.ACTIVE`` says."""
         b_pre_D = params["b_dec_D"] if self.subtracts_decoder_bias else jnp.zeros(x_BD.shape[1], jnp.float32)
-        return topk_codes(x_BD, b_pre_D, params["w_enc_DF"], params["b_enc_F"], self.k, compute.dtype)
+        return topk_codes(x_BD, b_pre_D, params["w_enc_DF"], params["b_enc_F"], self.k, compute)
 
     def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
         """Codes of the rows: k entries per row may be positive, the others are 0."""
-        active = self.active(params, x_BD, compute)
-        codes_BF = jnp.zeros((x_BD.shape[0], self.latents), jnp.float32)
-        return jnp.put_along_axis(codes_BF, active.latents_BK, active.values_BK, axis=1, inplace=False)
+        return dense_codes(self.active(params, x_BD, compute), self.latents, compute)
 
     def reconstruct(
         self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN
@@ -53,7 +52,7 @@ class TopK(Variant):
         return self._decoded(params, x_BD, self.active(params, x_BD, compute), compute)
 
     def _decoded(self, params: Params, x_BD: Array, active: ActiveCodes, compute: Compute) -> Float[Array, "B D_out"]:
-        recon_BD = decode_active(active, params["w_dec_FD"]) + params["b_dec_D"][None]
+        recon_BD = decode_active(active, params["w_dec_FD"], compute) + params["b_dec_D"][None]
         return self.with_skip(params, x_BD, recon_BD, compute)
 
     def loss(
@@ -78,16 +77,15 @@ class TopK(Variant):
             k=self.k_auxiliary,
             stride=self.auxiliary_stride,
         )
-        positive_BK = active.values_BK > 0
         total = fitted.loss + auxiliary
         return total, LossTerms(
             total=total,
             reconstruction=fitted.loss,
             sparsity=jnp.zeros((), jnp.float32),
             auxiliary=auxiliary,
-            l0=jnp.mean(jnp.sum(positive_BK, axis=1, dtype=jnp.float32)),
+            l0=jnp.mean(jnp.sum(active.values_BK > 0, axis=1, dtype=jnp.float32)),
             fvu=fitted.fvu,
-            active_F=jnp.zeros(self.latents, jnp.int32).at[active.latents_BK].add(positive_BK.astype(jnp.int32)),
+            active_F=rows_active(active, self.latents, compute),
         )
 
     def default_learning_rate(self) -> float:

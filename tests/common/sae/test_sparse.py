@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.sae.select import GROUP, top_k
+from saex_pipe.common.sae.compute import PLAIN
 from saex_pipe.common.sae.sparse import (
     RUN_LENGTH,
     ActiveCodes,
@@ -70,7 +71,7 @@ def test_sparse_autoencoder_and_gradients_equal_the_dense_path(latents: int) -> 
     w_enc_DF, w_dec_FD, weight_BD = normal(7, WIDTH, latents), normal(8, latents, WIDTH), normal(9, ROWS, WIDTH)
 
     def sparse(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
-        active = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, K, "float32")
+        active = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, K, PLAIN)
         return jnp.sum(weight_BD * jnp.square(decode_active(active, w_dec_FD)))
 
     def dense(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
@@ -80,7 +81,7 @@ def test_sparse_autoencoder_and_gradients_equal_the_dense_path(latents: int) -> 
         return jnp.sum(weight_BD * jnp.square(codes_BF @ w_dec_FD))
 
     arguments = tuple(jnp.asarray(a) for a in (x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD))
-    below_zero = topk_codes(*arguments[:4], K, "float32").values_BK == 0
+    below_zero = topk_codes(*arguments[:4], K, PLAIN).values_BK == 0
     assert below_zero.any() == (latents == LATENTS)
     value, gradients = jax.jit(jax.value_and_grad(sparse, argnums=(0, 1, 2, 3, 4)))(*arguments)
     dense_value, dense_gradients = jax.jit(jax.value_and_grad(dense, argnums=(0, 1, 2, 3, 4)))(*arguments)
