@@ -7,7 +7,6 @@ crc32c, and a shard that was never written is an error when read, never zeros.
 import json
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
@@ -126,5 +125,8 @@ def read_windows(array: Any, windows: range) -> np.ndarray:
 
 
 def _url(array: Any) -> str:
-    url = str(array.kvstore.url).rstrip("/")
-    return unquote(url.removeprefix("file://")) if url.startswith("file://") else url
+    """Where ``array`` is; TensorStore itself has no URL for S3 at an endpoint of its own."""
+    place = array.kvstore.spec().to_json()
+    path = str(place["path"]).rstrip("/")
+    scheme = {"gcs": "gs", "s3": "s3"}.get(place["driver"])
+    return path if scheme is None else f"{scheme}://{place['bucket']}/{path}"

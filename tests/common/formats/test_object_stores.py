@@ -107,6 +107,8 @@ def test_arrays(folder):
     array = create_array(folder, "x", shape=(5, 3), dtype="int32", tiling=Tiling(4, 2), axes="NL")
     values = np.arange(15, dtype=np.int32).reshape(5, 3)
     write_windows(array, range(4), values[:4])
+    with pytest.raises(SaexError, match=f"^{folder.uri}/x lacks the shard with windows 1 to 4"):  # and is not zeros
+        read_windows(open_array(folder, "x"), range(1, 5))
     write_windows(array, range(4, 5), values[4:])
     np.testing.assert_array_equal(read_windows(open_array(folder, "x"), range(1, 5)), values[1:])
 
