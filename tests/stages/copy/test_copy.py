@@ -1,10 +1,11 @@
 """Copies of activation stores: what they hold, what they lose, and that they go on where they were stopped."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_store import whole_store
+from small_store import SmallStore, whole_store
 
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.activations import ActivationStore
@@ -121,6 +122,23 @@ def test_a_copy_holds_the_same_rows_however_it_is_cut(source, tmp_path, cut, sha
     assert store.rows == source.keep_NL[: len(windows)].sum() == store.rows_per_chunk().sum()
     exact_BD = source.acts_NLD[: len(windows)][source.keep_NL[: len(windows)]]
     np.testing.assert_allclose(store.statistics("a").mean_D, exact_BD.mean(axis=0, dtype=np.float64), rtol=1e-5)
+
+
+def test_a_copy_of_some_taps_holds_these_alone(tmp_path):
+    store = SmallStore(tmp_path / "source", windows=WINDOWS)
+    store.info = replace(store.info, taps={"a": 8, "b": 3}, dtypes={"a": "float32", "b": "float32"})
+    store.start()
+    for number, windows in enumerate(store.shards):
+        part = slice(windows.start, windows.stop)
+        acts = {"a": store.acts_NLD[part], "b": store.acts_NLD[part, :, :3] + 1}
+        entry = store.writer.write_shard(windows, store.tokens_NL[part], store.keep_NL[part], acts)
+        store.folder.write(f"ledger/{number:06d}.json", json.dumps(entry).encode())
+        store.ledger[number] = entry
+    found = copy(store.finish().uri, tmp_path / "copy", taps=["b"])
+    assert found.info.taps == {"b": 3}
+    assert not (tmp_path / "copy" / "acts" / "a").exists()
+    np.testing.assert_array_equal(found.acts("b", range(WINDOWS)), store.acts_NLD[..., :3] + 1)
+    assert found.statistics("b").count == found.rows == store.keep_NL.sum()
 
 
 def test_what_cannot_be_copied_is_refused(source, tmp_path):

@@ -137,6 +137,18 @@ def test_patterns_of_taps_are_stored_under_the_names_that_they_stand_for(inputs,
 
 
 @pytest.mark.usefixtures("one_device")
+def test_the_share_of_outlier_tokens_is_stated(inputs, tmp_path, wanted):
+    contents = run(inputs, tmp_path, drop_norm_multiple=1.1).contents
+    tokens_NL, wanted_NLD = wanted
+    rows_NL = ~np.isin(tokens_NL, [0, 1])  # ends and starts of documents
+    rows_NL[:, 0] = False
+    beyond_NL = np.linalg.norm(wanted_NLD, axis=-1) > contents["row_policy"]["norm_limits"][tiny_run.TAP]
+    assert 0.01 < contents["outlier_share"] < 0.99
+    assert contents["outlier_share"] == pytest.approx((rows_NL & beyond_NL).sum() / rows_NL.sum(), abs=2e-3)
+    assert contents["statistics"][tiny_run.TAP]["count"] == contents["rows"]
+
+
+@pytest.mark.usefixtures("one_device")
 def test_the_share_of_time_that_the_device_waits_is_reported(inputs, tmp_path, monkeypatch, whole):
     write_shard = ActivationWriter.write_shard
 
