@@ -13,6 +13,7 @@ from jaxtyping import Array
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Variant
+from saex_pipe.common.sae.flops import step_flops
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import Optimiser
@@ -86,6 +87,19 @@ class Learner:
             {name: float(np.reshape(value, -1)[member]) for name, value in values.items()}
             for member in range(len(self.configs))
         ]
+
+    def frequencies(self, member: int) -> np.ndarray:
+        """Share of the recent rows on which each latent of one SAE fired, float32."""
+        assert self._state is not None
+        frequency = np.asarray(self._state.frequency_F)
+        return frequency.reshape(len(self.configs), -1)[member]
+
+    def step_flops(self) -> float:
+        """Floating-point operations that a step of all SAEs cannot do without, a device's share."""
+        assert self._state is not None
+        weights = self._state.params["w_enc_DF"]
+        flops = sum(step_flops(variant, self._state.params, self.configs[0].batch_rows) for variant in self.variants)
+        return flops / len(weights.sharding.device_set)
 
 
 def shape_of(config: Config) -> dict[str, Any]:

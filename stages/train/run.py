@@ -12,9 +12,11 @@ import numpy as np
 
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.checkpoint import TrainingState, write_sae
+from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.metrics_log import progress
+from saex_pipe.common.metrics_sinks import check_sinks
 from saex_pipe.common.preemption import StopRequest, graceful_stop
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.crew import Crew, Member
@@ -41,6 +43,8 @@ def run_sweep(configs: Sequence[Config], *, force: bool = False) -> list[Manifes
     The result of each is that of training it alone: to the bit where it is alone in its shape, to the rounding of
     stacked products where several are one stack. One that diverges does not keep the others from finishing.
     """
+    for config in configs:
+        check_sinks(config.sinks, config.out, Folder(config.out).local_path())
     with ExitStack() as stack, graceful_stop() as stop:
         outputs = [stack.enter_context(stage_output(config, force=force)) for config in configs]
         members = []
@@ -99,12 +103,12 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
     shared = cohort.members[0].config
     store, taps = open_rows(shared, stop)
     learners = list(_learners(cohort, store, taps))
-    crew = Crew(learners)
+    crew = Crew(learners, cohort.start)
     reader = make_reader(shared, store, taps)
     given_back = Returns(shared, store, reader, cohort.members[0].output.digest)
     steps = math.ceil(shared.rows / shared.batch_rows)
     total, done = steps * shared.batch_rows, cohort.start * shared.batch_rows
-    with reader, progress("training", total, "rows", done=done, log=crew) as bar:
+    with reader, crew.sinks(), progress("training", total, "rows", done=done, log=crew) as bar:
         for step in range(cohort.start, steps):
             if given_back.is_due(step):
                 crew.save(step)
