@@ -62,8 +62,10 @@ class Learner:
         # Copies, since the state is donated and input and target may share one normaliser.
         normalisers = jax.tree.map(jnp.copy, self._normalisers)
         zeros = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
-        averaged = self.configs[member].average_decay is not None
-        return init_state(params, self._optimiser, normalisers, averaged=averaged), zeros
+        config = self.configs[member]
+        averaged = config.average_decay is not None
+        state = init_state(params, self._optimiser, normalisers, averaged=averaged, weight_dtype=config.weight_dtype)
+        return state, zeros
 
     def start(self, states: Sequence[tuple[TrainState, StepTerms]]) -> None:
         """Go on from these, one for each SAE."""
@@ -165,6 +167,7 @@ def step_settings(config: Config, total_steps: int) -> StepSettings:
         else None,
         micro_batches=config.micro_batches,
         average_decay=config.average_decay,
+        weight_dtype=config.weight_dtype,
         compute=Compute(dtype=config.compute_dtype),
     )
 
