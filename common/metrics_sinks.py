@@ -6,8 +6,8 @@ imported only where it is asked for.
 
 import importlib.util
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,9 +48,10 @@ def check_sinks(sinks: Sequence[Sink], out: str, place: Path | None) -> None:
 @contextmanager
 def open_sinks(sinks: Sequence[Sink], run: Run) -> Iterator[list[EventLog]]:
     """The sinks, closed in the end."""
-    opened = {"tensorboard": _tensorboard, "wandb": _wandb}
+    makers: dict[Sink, Callable[[Run], AbstractContextManager[EventLog]]]
+    makers = {"tensorboard": _tensorboard, "wandb": _wandb}
     with ExitStack() as stack:
-        yield [stack.enter_context(opened[sink](run)) for sink in dict.fromkeys(sinks)]
+        yield [stack.enter_context(makers[sink](run)) for sink in dict.fromkeys(sinks)]
 
 
 class TensorBoard:

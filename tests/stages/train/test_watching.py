@@ -111,3 +111,11 @@ def test_moments_are_spread_over_the_steps():
         looked = step
     assert seen == [*range(50, 1001, 50)]
     assert is_moment(3, 2, 5)
+
+
+def test_the_report_lies_beside_the_sae(trained):
+    for name in ("a", "b"):
+        page = (trained / name / "report.html").read_text()
+        assert "Training of a topk with 32 latents" in page
+        assert page.count('class="cell"') >= 6, "firing frequencies at six moments"
+        assert "FVU, fraction" in page
