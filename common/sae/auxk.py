@@ -11,22 +11,15 @@ with sums over rows and axes, batch means, sg = no gradient, k_aux = D/2; the pa
 chosen count with their sign, so that a dead latent learns from every row.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from saex_pipe.common.mesh import DATA, MODEL
+from saex_pipe.common.mesh import MODEL
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Params, Variant
-from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.dead import decode_dead
 from saex_pipe.common.sae.reconstruction import ratio_or_zero, squared_error_and_variance
-from saex_pipe.common.sae.sharded import on_each_device
-from saex_pipe.common.sae.sharding import partition
-
-SIZE_STEP = 4  # the numbers of dead latents for which the loss is compiled: k_aux, 4 k_aux, all latents
 
 
 def auxk_loss(
@@ -53,42 +46,18 @@ def auxk_loss(
         stride: only every n-th row is read.
     """
     x_BD, residual_BD = x_BD[::stride], jax.lax.stop_gradient(residual_BD[::stride])
-    latents = dead_F.shape[0]
-    k = min(k or max(1, residual_BD.shape[1] // 2), latents)
-    reconstruct = partial(_from_dead, variant, k, compute)
-    if compute.mesh is not None:
-        cut = {name: partition(name, leaf.shape, latents) for name, leaf in params.items()}
-        reconstruct = on_each_device(compute.mesh, reconstruct, (cut, P(DATA), P(MODEL)), P(DATA))
-    error, variance = squared_error_and_variance(residual_BD, reconstruct(params, x_BD, dead_F))
-    return jnp.minimum(1.0, jnp.sum(dead_F, dtype=jnp.int32) / k) * ratio_or_zero(error, variance)
+    k = min(k or max(1, residual_BD.shape[1] // 2), dead_F.shape[0])
 
-
-def _from_dead(
-    variant: Variant, k: int, compute: Compute, params: Params, x_BD: Array, dead_F: Array
-) -> Float[Array, "B D_out"]:
-    """e_hat. On a mesh all but ``x_BD`` is of one device's own latents; the result is of those of all."""
-    latents, dead_count = dead_F.shape[0], jnp.sum(dead_F, dtype=jnp.int32)
-    # Work grows with the dead latents: the smallest of a few fixed sizes that holds them all.
-    sizes = sorted({min(size, latents) for size in (k, SIZE_STEP * k, latents)})
-
-    def none_dead(params: Params) -> Array:
-        return jnp.zeros((x_BD.shape[0], params["w_dec_FD"].shape[1]), jnp.float32)
-
-    def at_most(size: int, params: Params) -> Array:
-        (dead_M,) = jnp.nonzero(dead_F, size=size, fill_value=0)
-        is_dead_M = jnp.arange(size, dtype=jnp.int32) < dead_count
-        centred_BD = variant.centre(params, x_BD)
-        z_BM = matmul(centred_BD, params["w_enc_DF"][:, dead_M], compute.dtype) + params["b_enc_F"][dead_M][None]
+    def largest(z_BM: Array, is_dead_M: Array) -> Array:
         chosen_BM = jnp.broadcast_to(is_dead_M[None], z_BM.shape)
-        if size > k or compute.mesh is not None:
+        if z_BM.shape[1] > k or compute.mesh is not None:
             dead_z_BM = jnp.where(chosen_BM, jax.lax.stop_gradient(z_BM), -jnp.inf)
-            largest_BK = jax.lax.top_k(dead_z_BM, min(k, size))[0]
+            largest_BK = jax.lax.top_k(dead_z_BM, min(k, z_BM.shape[1]))[0]
             if compute.mesh is not None:
                 largest_BK = jax.lax.top_k(jax.lax.all_gather(largest_BK, MODEL, axis=1, tiled=True), k)[0]
             chosen_BM &= dead_z_BM >= largest_BK[:, -1:]
-        return matmul(jnp.where(chosen_BM, z_BM, 0.0), params["w_dec_FD"][dead_M], compute.dtype)
+        return jnp.where(chosen_BM, z_BM, 0.0)
 
-    most = dead_count if compute.mesh is None else jax.lax.pmax(dead_count, MODEL)
-    branch = jnp.sum(most > jnp.array([0, *sizes[:-1]]), dtype=jnp.int32)
-    own_BD = jax.lax.switch(branch, [none_dead, *(partial(at_most, size) for size in sizes)], params)
-    return own_BD if compute.mesh is None else jax.lax.psum(own_BD, MODEL)
+    recon_BD = decode_dead(variant, params, x_BD, dead_F, largest, compute, smallest=k)
+    error, variance = squared_error_and_variance(residual_BD, recon_BD)
+    return jnp.minimum(1.0, jnp.sum(dead_F, dtype=jnp.int32) / k) * ratio_or_zero(error, variance)

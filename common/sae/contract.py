@@ -10,7 +10,7 @@ crosscoder reads and writes several taps, concatenated: both are the sum of ``ta
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
@@ -77,10 +77,9 @@ class Variant(ABC):
         return {}
 
     def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:
-        """Parameters at step 0."""
-        return initial_params(
-            self.initial, key, self.latents, stats, centred=self.subtracts_decoder_bias, skip=self.skip
-        )
+        """Parameters at step 0. A decoder whose rows are constrained starts at the limit."""
+        initial = self.initial if self.decoder_rows == "free" else replace(self.initial, decoder_norm=1.0)
+        return initial_params(initial, key, self.latents, stats, centred=self.subtracts_decoder_bias, skip=self.skip)
 
     @abstractmethod
     def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:

@@ -39,7 +39,7 @@ def squared_error_and_variance(
     return jnp.sum(jnp.square(target_BD - recon_BD)), jnp.sum(jnp.square(centred_BD))
 
 
-def ratio_or_zero(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
-    """numerator / denominator, and 0 (with a gradient of 0) where the denominator is 0."""
+def ratio_or_zero(numerator: Float[Array, "*n"], denominator: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """numerator / denominator, and 0 (with a gradient of 0) where the denominator is not above 0."""
     usable = denominator > 0
     return jnp.where(usable, numerator, 0.0) / jnp.where(usable, denominator, 1.0)

@@ -1,71 +1,57 @@
-"""ReLU sparse autoencoder with an L1 penalty weighted by decoder norms.
+"""ReLU sparse autoencoder with a sparsity penalty.
 
-Circuits Updates, April 2024: "Update on how we train SAEs". Tom Conerly, Adly Templeton, Trenton Bricken,
-Jonathan Marcus, Tom Henighan.
-https://transformer-circuits.pub/2024/april-update/index.html#training-saes
-
-    f     = relu(x W_enc + b_enc)
+    f     = relu((x - b_pre) W_enc + b_enc)
     x_hat = f W_dec + b_dec
-    L     = ||x - x_hat||^2 + lambda sum_i f_i ||W_dec,i||
+    L     = ||x - x_hat||^2 + lambda penalty(f)
 
-as a mean over rows and a sum over axes, for inputs scaled to a mean norm of sqrt(D); there lambda is about 5 and rises
-linearly over the first 5 % of the steps. The decoder is not constrained: weighting by its norms removes the incentive
-to shrink codes and grow rows.
+as a mean over rows and a sum over axes. A penalty of codes alone could be had for nothing by small codes and long rows
+of W_dec. There are three published ways to prevent that:
+
+free           sum_i f_i ||W_dec,i||, b_pre = 0: indifferent to that exchange (``weighted_by_decoder_norms``). The
+               default. Circuits Updates, April 2024: "Update on how we train SAEs". Tom Conerly, Adly Templeton,
+               Trenton Bricken, Jonathan Marcus, Tom Henighan.
+               https://transformer-circuits.pub/2024/april-update/index.html#training-saes
+               For inputs scaled to a mean norm of sqrt(D), lambda is about 5 and rises over the first 5 % of the steps.
+unit           ||W_dec,i|| = 1 after every step, b_pre = b_dec. The part of the gradient along W_dec,i, which that would
+               undo, is removed before Adam sees it. Towards monosemanticity. Trenton Bricken et al. 2023.
+               https://transformer-circuits.pub/2023/monosemantic-features/index.html#appendix-autoencoder
+at_most_unit   ||W_dec,i|| <= 1, saex's "lte" (https://github.com/neverix/saex): a row may shrink, and a latent fade.
+
+``variants.build`` gives the last two, which are ``decoder_rows``, what they are published with.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from saex_pipe.common.sae.compute import PLAIN, Compute
-from saex_pipe.common.sae.contract import LossTerms, Moment, Params, Variant, variant
+from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae.contract import Params, variant
+from saex_pipe.common.sae.dense import SWEPT_WITH_PENALTY, Activations, Penalised
 from saex_pipe.common.sae.initial import Initial
-from saex_pipe.common.sae.reconstruction import fit
 
 
-@variant(swept=("sparsity_coefficient",))
-class Relu(Variant):
+@variant(swept=SWEPT_WITH_PENALTY)
+class Relu(Penalised):
     """Hyperparameters; the equations are at the head of the file.
 
     The update starts its biases at 0; here they start so that they centre input and output, which spares the first
     steps of learning it.
     """
 
-    sparsity_coefficient: float  # lambda
+    weighted_by_decoder_norms: bool = True
     centred: bool = False
     initial: Initial = Initial(decoder_norm=0.1)
 
-    def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
-        """Codes of the rows."""
-        return jax.nn.relu(self.pre_activations(params, x_BD, compute))
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What each way to fix the decoder's rows is published with."""
+        free = given.get("decoder_rows", "free") == "free"
+        return {} if free else {"centred": True, "weighted_by_decoder_norms": False}
 
-    def loss(
-        self,
-        params: Params,
-        x_BD: Float[Array, "B D_in"],
-        target_BD: Float[Array, "B D_out"],
-        moment: Moment,
-        compute: Compute = PLAIN,
-    ) -> tuple[Float[Array, ""], LossTerms]:
-        """Loss of one batch. Dead latents are left alone: the update has no remedy for them."""
-        rows = x_BD.shape[0]
-        codes_BF = self.encode(params, x_BD, compute)
-        recon_BD = self.with_skip(params, x_BD, self.decode(params, codes_BF, compute), compute)
-        fitted = fit(self.reconstruction, target_BD, recon_BD)
-        coefficient = moment.sparsity_scale * self.sparsity_coefficient
-        sparsity = coefficient * jnp.dot(jnp.sum(codes_BF, axis=0), self.decoder_norms(params)) / rows
-        active_F = jnp.sum(codes_BF > 0, axis=0, dtype=jnp.int32)
-        total = fitted.loss + sparsity
-        return total, LossTerms(
-            total=total,
-            reconstruction=fitted.loss,
-            sparsity=sparsity,
-            auxiliary=jnp.zeros((), jnp.float32),
-            l0=jnp.sum(active_F).astype(jnp.float32) / rows,
-            fvu=fitted.fvu,
-            active_F=active_F,
-        )
-
-    def default_learning_rate(self) -> float:
-        """5e-5, the update's value, at every number of latents."""
-        return 5e-5
+    def activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Activations:
+        """Penalised are the codes."""
+        pre_BF = self.pre_activations(params, x_BD, compute)
+        codes_BF = jax.nn.relu(pre_BF)
+        return Activations(pre_BF, codes_BF, codes_BF)

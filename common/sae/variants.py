@@ -6,11 +6,22 @@ from typing import Any
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.contract import Variant
+from saex_pipe.common.sae.gated import Gated
 from saex_pipe.common.sae.jumprelu import JumpRelu
+from saex_pipe.common.sae.p_annealing import PAnnealing
+from saex_pipe.common.sae.penalties import DEFAULT_SCALES
 from saex_pipe.common.sae.relu import Relu
 from saex_pipe.common.sae.topk import TopK
+from saex_pipe.common.sae.wright import Wright
 
-VARIANTS: dict[str, type[Variant]] = {"jumprelu": JumpRelu, "relu": Relu, "topk": TopK}
+VARIANTS: dict[str, type[Variant]] = {
+    "gated": Gated,
+    "jumprelu": JumpRelu,
+    "p_annealing": PAnnealing,
+    "relu": Relu,
+    "topk": TopK,
+    "wright": Wright,
+}
 # What to say of a setting that a variant needs.
 _REMEDIES = {"k": "set k, the active latents per row, 1 to {latents}", "sparsity_coefficient": "set it, for instance 5"}
 
@@ -67,3 +78,10 @@ def _check(given: dict[str, Any], latents: int) -> None:
         raise InputError(f"target_l0 = {target_l0} is outside 0 to {latents} (latents)", "lower it or raise latents")
     if given.get("skip") and not given.get("transcoder"):
         raise InputError("skip = true without a target", "a linear path is for transcoders: set target_tap")
+    if given.get("penalty_scale") is not None and given.get("penalty", "l1") not in DEFAULT_SCALES:
+        raise InputError(
+            f"penalty_scale = {given['penalty_scale']} with penalty = {given.get('penalty', 'l1')}, which has no scale",
+            f"unset it, or choose one of {', '.join(DEFAULT_SCALES)}",
+        )
+    if not 0 < given.get("p_end", 1.0) <= 1:
+        raise InputError(f"p_end = {given['p_end']} is outside 0 (not itself) to 1", "set it to 0.2, for instance")

@@ -15,6 +15,9 @@ def test_build() -> None:
     assert build("topk", 64, k=64, transcoder=True) == TopK(latents=64, k=64, transcoder=True)
     assert build("topk", 64, k=8, auxiliary_stride=4) == TopK(latents=64, k=8, auxiliary_stride=4)
     assert build("relu", 64, sparsity_coefficient=5.0) == Relu(latents=64, sparsity_coefficient=5.0)
+    assert build("relu", 64, sparsity_coefficient=5.0, decoder_rows="unit") == Relu(
+        latents=64, sparsity_coefficient=5.0, decoder_rows="unit", centred=True, weighted_by_decoder_norms=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,12 @@ def test_build() -> None:
         ({"variant_name": "topk", "k": 8, "sparsity_coefficient": 5.0}, "topk takes no sparsity_coefficient"),
         ({"variant_name": "topk", "k": 8, "auxiliary_stride": 0}, "auxiliary_stride = 0 is below 1"),
         ({"variant_name": "relu", "k": 8}, "relu takes no k"),
+        ({"variant_name": "p_annealing", "sparsity_coefficient": 1.0, "penalty": "tanh"}, "takes no penalty"),
+        ({"variant_name": "p_annealing", "sparsity_coefficient": 1.0, "p_end": 0.0}, "p_end = 0.0 is outside 0"),
+        (
+            {"variant_name": "relu", "sparsity_coefficient": 1.0, "penalty": "hoyer", "penalty_scale": 2.0},
+            "penalty_scale = 2.0 with penalty = hoyer, which has no scale",
+        ),
         ({"variant_name": "relu"}, "relu needs sparsity_coefficient"),
         ({"variant_name": "relu", "sparsity_coefficient": -1.0}, "sparsity_coefficient = -1.0 is below 0"),
         ({"variant_name": "relu", "sparsity_coefficient": float("nan")}, "sparsity_coefficient = nan"),
