@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 _PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
 _EVENT_SECONDS = 1.0  # between two JSONL events
+_LEAST_EVENTS = 200  # of work whose terms are a curve, however short it is
 _WATCH_SECONDS = 0.5  # between two looks into a folder that workers fill
 _REMOTE_FLUSH_SECONDS = 60.0  # an object store cannot append: the whole log is written again
 
@@ -73,6 +74,8 @@ class Progress:
         self.start = time.monotonic()
         self._log, self._bar = log, bar
         self._last_event = self._last_line = self.start
+        self._logged = done
+        self._note = ""  # the last terms
 
     def advance(self, amount: int, *, bytes: int = 0, waiting_seconds: float = 0.0, **terms: float) -> None:
         """Count ``amount`` more; ``terms`` (loss terms and the like) go to the log and the bar."""
@@ -81,27 +84,36 @@ class Progress:
         self.bytes += bytes
         self.waiting_seconds += waiting_seconds
         now = time.monotonic()
-        note = " ".join(f"{name}={value:.4g}" for name, value in terms.items())
+        if terms:
+            self._note = " ".join(f"{name}={value:.4g}" for name, value in terms.items())
         if self._bar is not None:
-            self._bar(self.done, f"{self._rate(now)} {note}")
+            self._bar(self.done, f"{self._rate(now)} {self._note}")
         elif now - self._last_line > _PLAIN_LINE_SECONDS:
             self._last_line = now
             left = (now - self.start) * (self.total - self.done) / max(self.this_run, 1)
             share = f"{self.done:,} of {self.total:,} {self.unit} ({self.done / max(self.total, 1):.0%})"
-            print(f"{self.label}: {share}, {self._rate(now)}, {left:.0f} s left {note}".rstrip(), file=sys.stderr)
-        if self._log is not None and (now - self._last_event > _EVENT_SECONDS or self.done >= self.total):
-            self._last_event = now
+            line = f"{self.label}: {share}, {self._rate(now)}, {left:.0f} s left {self._note}"
+            print(line.rstrip(), file=sys.stderr)
+        if self._log is not None and self._is_due(now, bool(terms)):
+            self._last_event, self._logged = now, self.done
             seconds = max(now - self.start, 1e-9)
             self._log.event(
                 work=self.label,
                 **{self.unit: self.done, f"{self.unit}_per_second": round(self.this_run / seconds, 1)},
                 bytes_per_second=round(self.bytes / seconds),
                 waiting_seconds=round(self.waiting_seconds, 3),
+                waiting_share=round(self.waiting_seconds / seconds, 4),
                 **terms,
             )
 
+    def _is_due(self, now: float, has_terms: bool) -> bool:
+        on_the_curve = has_terms and self.done - self._logged >= self.total / _LEAST_EVENTS
+        return now - self._last_event > _EVENT_SECONDS or self.done >= self.total or on_the_curve
+
     def _rate(self, now: float) -> str:
-        return f"{self.this_run / max(now - self.start, 1e-9):,.0f} {self.unit}/s"
+        seconds = max(now - self.start, 1e-9)
+        waited = f", {self.waiting_seconds / seconds:.0%} waiting for input" if self.waiting_seconds else ""
+        return f"{self.this_run / seconds:,.0f} {self.unit}/s{waited}"
 
 
 @contextmanager

@@ -39,6 +39,7 @@ DOORS = (
     Door(("apache_beam",), r".*/beam\.py", "files named beam.py"),
     Door(("typer",), r"pipelines/.*", "pipelines"),
     Door(PLOTTING, r".*/report\.py", "files named report.py"),
+    Door(("tensorboardX", "wandb"), r"common/metrics_sinks\.py", "common/metrics_sinks.py"),
     Door(WEB, r"stages/view/.*", "stages/view"),
     Door(("torch",), r"(?!)", "tests and infra"),
 )

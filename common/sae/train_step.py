@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import LossTerms, Moment, Params, Variant
 from saex_pipe.common.sae.normalisation import Normalisers
+from saex_pipe.common.sae.rounding import WeightDtype, in_float32, stored
 
 # Counters stop here, far from the end of int32.
 MAX_ROWS_COUNTED = 2**30
@@ -52,6 +53,7 @@ class StepSettings:
     sparsity_schedule: Callable[[Array], Array] | None = None  # fraction of the steps done to a factor; None: 1
     micro_batches: int = 1  # parts of the batch that go through the loss one after another
     average_decay: float | None = None  # of the moving averages of the parameters, per step
+    weight_dtype: WeightDtype = "float32"  # in which the state keeps matrices; all is computed from float32
     compute: Compute = PLAIN
 
 
@@ -60,12 +62,17 @@ Step = Callable[[Variant, Array, TrainState, Array, Array], tuple[TrainState, St
 
 
 def init_state(
-    params: Params, optimiser: optax.GradientTransformation, normalisers: Normalisers, *, averaged: bool = False
+    params: Params,
+    optimiser: optax.GradientTransformation,
+    normalisers: Normalisers,
+    *,
+    averaged: bool = False,
+    weight_dtype: WeightDtype = "float32",
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; ``averaged`` and ``weight_dtype`` as in the ``StepSettings``."""
     latents = params["b_enc_F"].shape[-1]
     return TrainState(
-        params=params,
+        params=stored(params, weight_dtype, jnp.zeros((), jnp.int32)),
         opt_state=optimiser.init(params),
         normalisers=normalisers,
         averages=jax.tree.map(jnp.copy, params) if averaged else {},
@@ -91,17 +98,17 @@ def make_step(optimiser: optax.GradientTransformation, settings: StepSettings) -
     ) -> tuple[TrainState, StepTerms]:
         rows = x_BD.shape[0]
         normalisers = Normalisers(state.normalisers.input.observe(x_BD), state.normalisers.target.observe(target_BD))
-        moment = _moment(state, settings)
-        gradients, terms = _gradients(variant, state.params, normalisers, x_BD, target_BD, moment, settings)
-        gradients = variant.project_gradients(state.params, gradients)
+        moment, before = _moment(state, settings), in_float32(state.params)
+        gradients, terms = _gradients(variant, before, normalisers, x_BD, target_BD, moment, settings)
+        gradients = variant.project_gradients(before, gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by int32 counters
-            updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-        params = variant.constrain(_moved(state.params, updates, learning_rate, variant.learning_rate_factors()))
+            updates, opt_state = optimiser.update(gradients, state.opt_state, before)
+        params = variant.constrain(_moved(before, updates, learning_rate, variant.learning_rate_factors()))
         rows_since_F = jnp.minimum(state.rows_since_fired_F, MAX_ROWS_COUNTED) + rows
         # A mean of all rows so far until there are FREQUENCY_ROWS of them.
         share = rows / jnp.minimum((state.step.astype(jnp.float32) + 1) * rows, float(FREQUENCY_ROWS))
         after = TrainState(
-            params=params,
+            params=stored(params, settings.weight_dtype, state.step + 1),
             opt_state=opt_state,
             normalisers=normalisers,
             averages=_averaged(state, params, settings.average_decay),

@@ -3,6 +3,7 @@
 from typing import Annotated, ClassVar
 
 from saex_pipe.common.config import Upstream, setting
+from saex_pipe.common.metrics_sinks import Sink
 from saex_pipe.stages.train.optimiser_settings import OptimiserSettings
 from saex_pipe.stages.train.start_settings import StartSettings
 from saex_pipe.stages.train.variant_settings import VariantSettings
@@ -44,6 +45,9 @@ class Config(VariantSettings, StartSettings, OptimiserSettings):
     )
     checkpoint_every_steps: int = setting(
         500, unit="steps", meaning="steps between two saves to resume from", ge=1, affects_result=False
+    )
+    sinks: tuple[Sink, ...] = setting(
+        (), unit="", meaning="where else metrics go: tensorboard, wandb", affects_result=False
     )
 
     @property

@@ -1,14 +1,22 @@
 """The SAEs that are trained on the same batches: what is logged, saved and watched of each."""
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.checkpoint import TrainingState
 from saex_pipe.common.formats.stage_output import StageOutput
+from saex_pipe.common.metrics_log import EventLog
+from saex_pipe.common.metrics_sinks import Run, open_sinks
+from saex_pipe.common.peak import peak_flops
 from saex_pipe.stages.train.config import Config
+from saex_pipe.stages.train.density import density, is_moment
 from saex_pipe.stages.train.learner import Learner
+
+_SHOWN = ("loss", "l0", "fvu", "dead_fraction")  # beside the bar
 
 
 class Member(NamedTuple):
@@ -22,35 +30,71 @@ class Member(NamedTuple):
 class Crew:
     """All SAEs of a cohort: what is logged, saved and watched of each. Serves as the log of their progress bar."""
 
-    def __init__(self, learners: Sequence[tuple[Learner, list[Member]]]) -> None:
+    def __init__(self, learners: Sequence[tuple[Learner, list[Member]]], start: int) -> None:
         self._learners = learners
         self._latest: list[tuple[Member, dict[str, float]]] = []
-        self._saved = 0
+        self._logs: dict[Member, list[EventLog]] = {
+            member: [member.output.metrics] for _, members in learners for member in members
+        }
+        self._start = start
+        self._looked, self._seconds = start, math.nan  # at which step, and when
+        self._flops = sum(learner.step_flops() for learner, _ in learners)
+        self._peak = peak_flops(learners[0][0].configs[0].compute_dtype)
         self.diverged: dict[Member, str] = {}
 
+    @contextmanager
+    def sinks(self) -> Iterator[None]:
+        """While it lasts, events go to the sinks that were asked for, too."""
+        with ExitStack() as stack:
+            for member, logs in self._logs.items():
+                output, config = member.output, member.config
+                run = Run(
+                    stage=config.stage,
+                    out=config.out,
+                    digest=output.digest,
+                    settings=config.model_dump(mode="json"),
+                    place=output.folder.local_path(),
+                    first_step=self._start,
+                )
+                logs += stack.enter_context(open_sinks(config.sinks, run))
+            yield
+
     def look(self, step: int) -> dict[str, float]:
-        """The terms of step ``step``, of the first SAE for the bar; SAEs whose terms are not finite are given up.
+        """What to show of step ``step``: terms of the first SAE. SAEs whose terms are not finite are given up.
 
         Raises:
             SaexError: none is left.
         """
-        self._latest = []
+        self._latest, done = [], step + 1
         for learner, members in self._learners:
-            for member, terms in zip(members, learner.terms(), strict=True):
+            for number, (member, terms) in enumerate(zip(members, learner.terms(), strict=True)):
                 if member in self.diverged:
                     continue
                 if not (math.isfinite(terms["total"]) and math.isfinite(terms["gradient_norm"])):
-                    self.diverged[member] = _divergence(member, terms, step + 1)
+                    self.diverged[member] = _divergence(member, terms, done)
                     continue
-                self._latest.append((member, {"step": step + 1, "loss": terms.pop("total"), **terms}))
+                self._latest.append((member, {"step": done, "loss": terms.pop("total"), **terms}))
+                if is_moment(done, self._looked, learner.total_steps):
+                    self._log(member, step=done, firing_frequency_log10=density(learner.frequencies(number)))
         if not self._latest:
             raise SaexError("; ".join(self.diverged.values()))
-        return self._latest[0][1]
+        return {name: self._latest[0][1][name] for name in _SHOWN} | self._utilisation(done)
+
+    def _utilisation(self, done: int) -> dict[str, float]:
+        """Share of the device's peak in the steps since the last look; not at the first, which waits for a compiler."""
+        seconds = time.perf_counter()
+        steps, taken = done - self._looked, seconds - self._seconds
+        self._looked, self._seconds = done, seconds
+        return {"mfu": round(self._flops * steps / (taken * self._peak), 4)} if taken > 0 else {}
 
     def event(self, **values: Any) -> None:
         """Record an event of the progress in the log of every SAE, each with its own terms."""
         for member, terms in self._latest:
-            member.output.metrics.event(**{**values, **terms})
+            self._log(member, **{**values, **terms})
+
+    def _log(self, member: Member, **values: Any) -> None:
+        for log in self._logs[member]:
+            log.event(**values)
 
     def save(self, step: int) -> None:
         """Save every SAE as it is after ``step`` steps. What was begun before is durable first, so that all have it."""

@@ -3,6 +3,7 @@
 from saex_pipe.common.formats.checkpoint import SavedSae
 from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.folding import fold
+from saex_pipe.common.sae.rounding import in_float32
 from saex_pipe.common.sae.saelens import hook_name, to_saelens
 from saex_pipe.common.sae.train_step import TrainState
 from saex_pipe.stages.train.config import Config
@@ -19,7 +20,7 @@ def exported(config: Config, store: Rows, variant: Variant, state: TrainState, t
     }
     if len(taps) > 1:
         metadata["hook_name_out"] = hook_name(taps[1])
-    params = fold(variant, state.averages or state.params, state.normalisers)
+    params = fold(variant, in_float32(state.averages or state.params), state.normalisers)
     cfg, tensors = to_saelens(variant, params, metadata)
     saex = {
         "tap": taps[0],

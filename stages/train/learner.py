@@ -13,6 +13,7 @@ from jaxtyping import Array
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Variant
+from saex_pipe.common.sae.flops import step_flops
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import Optimiser
@@ -61,8 +62,10 @@ class Learner:
         # Copies, since the state is donated and input and target may share one normaliser.
         normalisers = jax.tree.map(jnp.copy, self._normalisers)
         zeros = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
-        averaged = self.configs[member].average_decay is not None
-        return init_state(params, self._optimiser, normalisers, averaged=averaged), zeros
+        config = self.configs[member]
+        averaged = config.average_decay is not None
+        state = init_state(params, self._optimiser, normalisers, averaged=averaged, weight_dtype=config.weight_dtype)
+        return state, zeros
 
     def start(self, states: Sequence[tuple[TrainState, StepTerms]]) -> None:
         """Go on from these, one for each SAE."""
@@ -86,6 +89,19 @@ class Learner:
             {name: float(np.reshape(value, -1)[member]) for name, value in values.items()}
             for member in range(len(self.configs))
         ]
+
+    def frequencies(self, member: int) -> np.ndarray:
+        """Share of the recent rows on which each latent of one SAE fired, float32."""
+        assert self._state is not None
+        frequency = np.asarray(self._state.frequency_F)
+        return frequency.reshape(len(self.configs), -1)[member]
+
+    def step_flops(self) -> float:
+        """Floating-point operations that a step of all SAEs cannot do without, a device's share."""
+        assert self._state is not None
+        weights = self._state.params["w_enc_DF"]
+        flops = sum(step_flops(variant, self._state.params, self.configs[0].batch_rows) for variant in self.variants)
+        return flops / len(weights.sharding.device_set)
 
 
 def shape_of(config: Config) -> dict[str, Any]:
@@ -151,6 +167,7 @@ def step_settings(config: Config, total_steps: int) -> StepSettings:
         else None,
         micro_batches=config.micro_batches,
         average_decay=config.average_decay,
+        weight_dtype=config.weight_dtype,
         compute=Compute(dtype=config.compute_dtype),
     )
 

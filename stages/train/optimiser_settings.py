@@ -60,6 +60,11 @@ class OptimiserSettings(StageConfig):
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "bfloat16", unit="", meaning="type of matmul inputs; sums, weights and statistics are float32"
     )
+    weight_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        unit="",
+        meaning="type in which matrices are kept; bfloat16 halves them and rounds every update stochastically",
+    )
     sparsity_warmup: float = setting(
         0.0, unit="share of the run or steps", meaning="linear rise of the sparsity penalty from 0", ge=0
     )

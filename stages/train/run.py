@@ -12,14 +12,17 @@ import numpy as np
 
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.checkpoint import TrainingState, write_sae
+from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
-from saex_pipe.common.formats.stage_output import stage_output
+from saex_pipe.common.formats.stage_output import METRICS, stage_output
 from saex_pipe.common.metrics_log import progress
+from saex_pipe.common.metrics_sinks import check_sinks
 from saex_pipe.common.preemption import StopRequest, graceful_stop
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.crew import Crew, Member
 from saex_pipe.stages.train.export import exported
 from saex_pipe.stages.train.learner import Learner, shape_of
+from saex_pipe.stages.train.report import REPORT, Facts, read_events, report
 from saex_pipe.stages.train.rows import Returns, make_reader, open_rows
 
 _LOG_EVERY_STEPS = 10
@@ -41,6 +44,8 @@ def run_sweep(configs: Sequence[Config], *, force: bool = False) -> list[Manifes
     The result of each is that of training it alone: to the bit where it is alone in its shape, to the rounding of
     stacked products where several are one stack. One that diverges does not keep the others from finishing.
     """
+    for config in configs:
+        check_sinks(config.sinks, config.out, Folder(config.out).local_path())
     with ExitStack() as stack, graceful_stop() as stop:
         outputs = [stack.enter_context(stage_output(config, force=force)) for config in configs]
         members = []
@@ -99,12 +104,12 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
     shared = cohort.members[0].config
     store, taps = open_rows(shared, stop)
     learners = list(_learners(cohort, store, taps))
-    crew = Crew(learners)
+    crew = Crew(learners, cohort.start)
     reader = make_reader(shared, store, taps)
     given_back = Returns(shared, store, reader, cohort.members[0].output.digest)
     steps = math.ceil(shared.rows / shared.batch_rows)
     total, done = steps * shared.batch_rows, cohort.start * shared.batch_rows
-    with reader, progress("training", total, "rows", done=done, log=crew) as bar:
+    with reader, crew.sinks(), progress("training", total, "rows", done=done, log=crew) as bar:
         for step in range(cohort.start, steps):
             if given_back.is_due(step):
                 crew.save(step)
@@ -138,16 +143,19 @@ def _finish(learner: Learner, number: int, member: Member, store: Any, taps: tup
     write_sae(member.output.folder, exported(config, store, variant, state, taps))
     since_fired_F = np.asarray(state.rows_since_fired_F)
     steps = int(state.step)
-    member.output.finish(
-        contents={
-            "variant": config.variant,
-            "latents": variant.latents,
-            "dead_fraction": float((since_fired_F >= config.dead_after_rows).mean()),
-            "last_step": {name: float(value) for name, value in jax.device_get(terms)._asdict().items()},
-        },
-        totals={
-            "steps": steps,
-            "rows": steps * config.batch_rows,
-            "bytes": sum(array.nbytes for array in state.params.values()),
-        },
-    )
+    contents = {
+        "variant": config.variant,
+        "latents": variant.latents,
+        "dead_fraction": float((since_fired_F >= config.dead_after_rows).mean()),
+        "last_step": {name: float(value) for name, value in jax.device_get(terms)._asdict().items()},
+    }
+    totals = {
+        "steps": steps,
+        "rows": steps * config.batch_rows,
+        "bytes": sum(array.nbytes for array in state.params.values()),
+    }
+    member.output.metrics.close()
+    events = read_events(member.output.folder.read(METRICS) or b"")
+    facts = Facts(config.out, config.model_dump(mode="json"), contents, totals)
+    member.output.folder.write(REPORT, report(facts, events).encode())
+    member.output.finish(contents=contents, totals=totals)

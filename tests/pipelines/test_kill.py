@@ -39,16 +39,16 @@ class Chain:
         recipe = ("toy", *tiny_run.TOY) if name == "toy" else (str(tiny_run.write_recipe(folder / "recipe")),)
         self.arguments = ["run", *recipe, "--out", str(self.out)]
         assert self.run() == 0, self.stderr()
-        self.seconds = {
-            at: json.loads((self.out / at / "manifest.json").read_bytes())["timings"]["seconds"] for at in self.stages
-        }
+        manifests = {at: json.loads((self.out / at / "manifest.json").read_bytes()) for at in self.folders}
+        self.seconds = {at: found["timings"]["seconds"] for at, found in manifests.items()}
+        self.stages = {at: found["stage"] for at, found in manifests.items()}
         self.result = contents(self.out)
         assert {"sae/sae_weights.safetensors", "scores/scores.json"} <= {*self.result}
         assert not [name for name in self.result if re.search(r"parts/|__lock|tmp|\.saex-new/|\.saex-old/", name)]
         shutil.rmtree(self.out)
 
     @property
-    def stages(self):
+    def folders(self):
         return _FOLDERS[self.name]
 
     def start(self, *more, before=""):
@@ -62,9 +62,9 @@ class Chain:
         process.join(120)
         return process.exitcode
 
-    def start_and_reach(self, stage, seconds, *more):
-        """Start, and return after ``seconds`` in ``stage``, or earlier where the run ends earlier."""
-        mark, folder = stamp(self.out / stage / "started.json"), self.out / stage
+    def start_and_reach(self, at, seconds, *more):
+        """Start, and return after ``seconds`` in the stage that writes to ``at``, or earlier where the run ends."""
+        mark, folder = stamp(self.out / at / "started.json"), self.out / at
         process = self.start(*more)
         while process.is_alive() and stamp(folder / "started.json") == mark and not (folder / "manifest.json").exists():
             time.sleep(0.001)
@@ -139,16 +139,17 @@ def chains(tmp_path_factory):
 def test_killed_at_random_moments_in_every_stage(chains, name, seed, moments):
     chain, chance = chains(name), random.Random(seed)
     kept, killed, note = {}, [], ""
-    for stage in chain.stages:
-        for _ in range(moments):
-            seconds = chance.uniform(0, chain.seconds[stage])
-            process = chain.start_and_reach(stage, seconds)
+    for at, stage in chain.stages.items():
+        # The earliest first: one that comes too late, because the machine is less busy now, leaves nothing to kill.
+        for seconds in sorted(chance.uniform(0, chain.seconds[at]) for _ in range(moments)):
+            process = chain.start_and_reach(at, seconds, "--only", stage)
             process.kill()
             process.join()
             killed += [stage] * (process.exitcode == -signal.SIGKILL)
             note = f"{name}, seed {seed}: last killed {seconds:.3f} s into {stage}"
             assert process.exitcode in (-signal.SIGKILL, 0), note + chain.stderr()
             kept = check_kept(kept, chain.out, note)
+        assert chain.run("--only", stage) == 0, note + chain.stderr()
     assert len({*killed}) >= len(chain.stages) - 1, "kills that came too late test nothing"
     assert chain.run() == 0, note + chain.stderr()
     check_kept(kept, chain.out, note)
@@ -321,13 +322,13 @@ def test_asked_to_stop_inside_a_worker_of_beam(chains, sign, status, line):
 @pytest.mark.parametrize(("sign", "status", "line"), STOPPED)
 def test_asked_to_stop_in_every_stage(chains, sign, status, line):
     chain, kept = chains("tiny"), {}
-    for stage in chain.stages:
-        process = chain.start_and_reach(stage, 0.5 * chain.seconds[stage])
+    for at in chain.stages:
+        process = chain.start_and_reach(at, 0.5 * chain.seconds[at])
         os.kill(process.pid, sign)
         process.join(60)
         progress = [text for text in chain.stderr().splitlines() if " s left" not in text]
-        assert (process.exitcode, progress) == (status, [f"saex-pipe: {line}"]), stage
-        kept = check_kept(kept, chain.out, stage)
+        assert (process.exitcode, progress) == (status, [f"saex-pipe: {line}"]), at
+        kept = check_kept(kept, chain.out, at)
     assert chain.run() == 0, chain.stderr()
     check_kept(kept, chain.out, line)
     check_result(chain, line)

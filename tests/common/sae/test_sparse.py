@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saex_pipe.common.sae.select import GROUP, top_k
 from saex_pipe.common.sae.compute import PLAIN
+from saex_pipe.common.sae.select import GROUP, top_k
 from saex_pipe.common.sae.sparse import (
     RUN_LENGTH,
     ActiveCodes,
