@@ -11,7 +11,14 @@ SETTINGS = {"JAX_PLATFORMS": "cpu", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_
 os.environ.update(SETTINGS)
 
 import jax  # noqa: E402 - after the environment that it reads
+import pytest  # noqa: E402
 
 for name, value in SETTINGS.items():
     jax.config.update(name.lower(), value)  # again, in case a plugin of pytest imported jax first
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True)
+def train_on_one_device(monkeypatch):
+    """The train stage takes all devices there are; here only one, except where a test is about several."""
+    monkeypatch.setattr("saex_pipe.stages.train.devices.available", lambda: jax.devices()[:1])

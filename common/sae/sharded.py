@@ -24,7 +24,7 @@ from saex_pipe.common.sae.sparse import ActiveCodes
 
 # On a mesh K is model x min(k, F / model): the k active latents of a row, each in the columns of its own shard, and
 # padding. Latents are counted over all shards.
-ACTIVE = ActiveCodes(P(DATA, MODEL), P(DATA, MODEL))
+ACTIVE = P(DATA, MODEL)
 
 
 def on_each_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

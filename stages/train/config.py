@@ -4,12 +4,13 @@ from typing import Annotated, ClassVar
 
 from saex_pipe.common.config import Upstream, setting
 from saex_pipe.common.metrics_sinks import Sink
+from saex_pipe.stages.train.device_settings import DeviceSettings
 from saex_pipe.stages.train.optimiser_settings import OptimiserSettings
 from saex_pipe.stages.train.start_settings import StartSettings
 from saex_pipe.stages.train.variant_settings import VariantSettings
 
 
-class Config(VariantSettings, StartSettings, OptimiserSettings):
+class Config(VariantSettings, StartSettings, OptimiserSettings, DeviceSettings):
     """Activation store to a sparse autoencoder, or to a transcoder where ``target_tap`` is set."""
 
     stage: ClassVar[str] = "train"

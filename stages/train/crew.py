@@ -15,6 +15,7 @@ from saex_pipe.common.peak import peak_flops
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.density import density, is_moment
 from saex_pipe.stages.train.learner import Learner
+from saex_pipe.stages.train.processes import is_first
 
 _SHOWN = ("loss", "l0", "fvu", "dead_fraction")  # beside the bar
 
@@ -56,7 +57,7 @@ class Crew:
                     place=output.folder.local_path(),
                     first_step=self._start,
                 )
-                logs += stack.enter_context(open_sinks(config.sinks, run))
+                logs += stack.enter_context(open_sinks(config.sinks if is_first() else (), run))
             yield
 
     def look(self, step: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from saex_pipe.common.errors import InputError
@@ -21,6 +22,7 @@ from saex_pipe.common.sae.schedules import RateSchedule, penalty_factor
 from saex_pipe.common.sae.train_step import StepSettings, StepTerms, TrainState, init_state, make_step
 from saex_pipe.common.sae.variants import build, variant_class
 from saex_pipe.stages.train.config import Config
+from saex_pipe.stages.train.devices import Devices
 from saex_pipe.stages.train.rows import Rows
 from saex_pipe.stages.train.variant_settings import VariantSettings
 
@@ -31,7 +33,9 @@ _NOT_OF_A_VARIANT = {"out", "variant", "latents", "expansion"}
 class Learner:
     """S SAEs that differ in nothing but what may differ within one compiled step: swept fields and learning rate."""
 
-    def __init__(self, configs: Sequence[Config], store: Rows, taps: tuple[str, ...]) -> None:
+    def __init__(
+        self, configs: Sequence[Config], store: Rows, taps: tuple[str, ...], devices: Sequence[jax.Device] | None = None
+    ) -> None:
         self.configs = tuple(configs)
         shared = configs[0]
         self._tap, self._target = taps[0], taps[-1]
@@ -45,20 +49,30 @@ class Learner:
         self._normalisers = Normalisers(*(_normaliser(shared, store, tap) for tap in (self._tap, self._target)))
         self._stats = _data_stats(store, (self._tap, self._target), self._normalisers)
         self._optimiser = optimiser_of(shared).build(self.total_steps)
-        step = make_step(self._optimiser, step_settings(shared, self.total_steps))
+        self.devices = Devices.of(shared, self.variants[0].latents, devices)
+        step = make_step(self._optimiser, step_settings(shared, self.total_steps, self.devices.mesh))
         if len(configs) == 1:
-            self._variant, self._rate = self.variants[0], jnp.float32(rates[0])
+            self._variant, self._rate = self.variants[0], np.asarray(rates[0], np.float32)
         else:
             step = jax.vmap(step, in_axes=(0, 0, 0, None, None))
-            self._variant, self._rate = stacked(self.variants), jnp.asarray(rates, jnp.float32)
-        self._step = jax.jit(step, donate_argnums=2)
+            self._variant, self._rate = jax.device_get(stacked(self.variants)), np.asarray(rates, np.float32)
+        self._one = jax.eval_shape(partial(self._initial, 0))
+        self._like = self._one if len(configs) == 1 else jax.eval_shape(stacked, [self._one] * len(configs))
+        self._step = self.devices.compiled(step, self._like, donate_argnums=2)
+        self._member = self.devices.compiled(_member, self._one)
         self._state: TrainState | None = None
         self._terms: StepTerms | None = None
 
     def initial_state(self, member: int) -> tuple[TrainState, StepTerms]:
         """State and terms of one SAE before the first step."""
-        make = jax.jit(lambda key: self.variants[member].init(key, self._stats))
-        params = make(jax.random.key(self.configs[member].seed))
+        return self.devices.made(partial(self._initial, member))
+
+    def abstract_state(self) -> Any:
+        """Shapes and places of what ``initial_state`` gives."""
+        return self.devices.described(self._one)
+
+    def _initial(self, member: int) -> tuple[TrainState, StepTerms]:
+        params = self.variants[member].init(jax.random.key(self.configs[member].seed), self._stats)
         # Copies, since the state is donated and input and target may share one normaliser.
         normalisers = jax.tree.map(jnp.copy, self._normalisers)
         zeros = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
@@ -69,18 +83,27 @@ class Learner:
 
     def start(self, states: Sequence[tuple[TrainState, StepTerms]]) -> None:
         """Go on from these, one for each SAE."""
-        self._state, self._terms = states[0] if len(states) == 1 else stacked(states)
+        both = states[0] if len(states) == 1 else self.devices.compiled(stacked, self._like)(states)
+        self._state, self._terms = both
 
     def step(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Learn from a batch of raw rows, by tap."""
-        self._state, self._terms = self._step(
-            self._variant, self._rate, self._state, batch[self._tap], batch[self._target]
+        """Learn from a batch of raw rows, by tap: those that are this process's to read, ``devices.rows``."""
+        x_BD = self.devices.placed(batch[self._tap])
+        target_BD = x_BD if self._target == self._tap else self.devices.placed(batch[self._target])
+        self._state, self._terms = self._step(self._variant, self._rate, self._state, x_BD, target_BD)
+
+    def lower_step(self, dtypes: tuple[Any, Any]) -> jax.stages.Lowered:
+        """The step for rows of these dtypes, input and target, from shapes alone."""
+        state = self.devices.described(self._like[0])
+        rows = (
+            self.devices.abstract_rows(stats.shape[0], dtype) for stats, dtype in zip(self._stats, dtypes, strict=True)
         )
+        return self._step.lower(self._variant, self._rate, state, *rows)
 
     def state(self, member: int) -> tuple[TrainState, StepTerms]:
         """State and last terms of one SAE."""
         both = cast(tuple[TrainState, StepTerms], (self._state, self._terms))
-        return both if len(self.configs) == 1 else jax.tree.map(lambda leaf: leaf[member], both)
+        return both if len(self.configs) == 1 else self._member(both, member)
 
     def terms(self) -> list[dict[str, float]]:
         """The terms of the last step, of every SAE. Waits for the step."""
@@ -93,7 +116,7 @@ class Learner:
     def frequencies(self, member: int) -> np.ndarray:
         """Share of the recent rows on which each latent of one SAE fired, float32."""
         assert self._state is not None
-        frequency = np.asarray(self._state.frequency_F)
+        frequency = self.devices.on_host(self._state.frequency_F)
         return frequency.reshape(len(self.configs), -1)[member]
 
     def step_flops(self) -> float:
@@ -152,7 +175,7 @@ def optimiser_of(config: Config) -> Optimiser:
     )
 
 
-def step_settings(config: Config, total_steps: int) -> StepSettings:
+def step_settings(config: Config, total_steps: int, mesh: Mesh | None) -> StepSettings:
     """What a step is besides variant and optimiser."""
     if config.batch_rows % config.micro_batches:
         raise InputError(
@@ -168,7 +191,7 @@ def step_settings(config: Config, total_steps: int) -> StepSettings:
         micro_batches=config.micro_batches,
         average_decay=config.average_decay,
         weight_dtype=config.weight_dtype,
-        compute=Compute(dtype=config.compute_dtype),
+        compute=Compute(dtype=config.compute_dtype, selection=config.selection, recall=config.recall, mesh=mesh),
     )
 
 
@@ -187,6 +210,10 @@ def _normaliser(config: Config, store: Rows, tap: str) -> Normaliser:
 def _data_stats(store: Rows, taps: tuple[str, str], normalisers: Normalisers) -> DataStats:
     means = (jnp.asarray(store.statistics(tap).mean_D[None], jnp.float32) for tap in taps)
     return DataStats(*(side.apply(mean_1D)[0] for side, mean_1D in zip(normalisers, means, strict=True)))
+
+
+def _member(both: tuple[TrainState, StepTerms], number: Array) -> tuple[TrainState, StepTerms]:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), both)
 
 
 def stacked(trees: Sequence[Any]) -> Any:

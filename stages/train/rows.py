@@ -13,6 +13,7 @@ from saex_pipe.common.formats.store_info import StoreInfo
 from saex_pipe.common.preemption import StopRequest
 from saex_pipe.common.shuffle import TrancheOrder
 from saex_pipe.stages.train.config import Config
+from saex_pipe.stages.train.processes import is_first
 
 MOST_MATES = 1.0
 _SMALLEST_POOL, _LARGEST_POOL = 1 << 30, 8 << 30
@@ -77,7 +78,9 @@ class Returns:
         """Give back what ``step`` and those after it do not need; the state before ``step`` must be durable."""
         assert isinstance(self._store, FollowedStore)
         self._returned = self._tranche(step) if step else 0
-        release_shards(Folder(self._store.uri), self._store.info, self._reader, self._store.first_shard(self._returned))
+        if is_first():
+            first = self._store.first_shard(self._returned)
+            release_shards(Folder(self._store.uri), self._store.info, self._reader, first)
 
     def _tranche(self, step: int) -> int:
         assert self._order is not None

@@ -8,13 +8,12 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.checkpoint import TrainingState, write_sae
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
-from saex_pipe.common.formats.stage_output import METRICS, stage_output
+from saex_pipe.common.formats.stage_output import METRICS
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.common.metrics_sinks import check_sinks
 from saex_pipe.common.preemption import StopRequest, graceful_stop
@@ -22,6 +21,7 @@ from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.crew import Crew, Member
 from saex_pipe.stages.train.export import exported
 from saex_pipe.stages.train.learner import Learner, shape_of
+from saex_pipe.stages.train.processes import agreed_to_stop, join, output_of_all
 from saex_pipe.stages.train.report import REPORT, Facts, read_events, report
 from saex_pipe.stages.train.rows import Returns, make_reader, open_rows
 
@@ -29,7 +29,7 @@ _LOG_EVERY_STEPS = 10
 # SAEs that agree in these read the same batches.
 _READING = (
     *("store", "other_stores", "store_weights", "follow", "tranche_shards", "tap", "target_tap"),
-    *("batch_rows", "rows", "seed", "pool_bytes", "checkpoint_every_steps"),
+    *("batch_rows", "rows", "seed", "pool_bytes", "checkpoint_every_steps", "model_parallel"),
 )
 
 
@@ -46,8 +46,9 @@ def run_sweep(configs: Sequence[Config], *, force: bool = False) -> list[Manifes
     """
     for config in configs:
         check_sinks(config.sinks, config.out, Folder(config.out).local_path())
+    join(configs[0])
     with ExitStack() as stack, graceful_stop() as stop:
-        outputs = [stack.enter_context(stage_output(config, force=force)) for config in configs]
+        outputs = [stack.enter_context(output_of_all(config, force=force)) for config in configs]
         members = []
         for config, output in zip(configs, outputs, strict=True):
             if output.manifest is None:
@@ -93,8 +94,10 @@ def _learners(cohort: Cohort, store: Any, taps: tuple[str, ...]) -> Iterator[tup
         learner = Learner([member.config for member in members], store, taps)
         states = []
         for number, member in enumerate(members):
-            state = learner.initial_state(number)
-            states.append(member.saves.restore(cohort.start, state) if cohort.start else state)
+            if cohort.start:
+                states.append(member.saves.restore(cohort.start, learner.abstract_state()))
+            else:
+                states.append(learner.initial_state(number))
         learner.start(states)
         yield learner, members
 
@@ -116,18 +119,19 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
                 crew.wait()
                 given_back.release(step)
             waited = reader.waiting_seconds
-            batch = reader.batch(step)
+            batch = reader.batch(step, learners[0][0].devices.rows)
             for learner, _ in learners:
                 learner.step(batch)
             last, due = step + 1 == steps, (step + 1) % shared.checkpoint_every_steps == 0
-            shown = {}
-            if stop.requested or due or last or (step + 1) % _LOG_EVERY_STEPS == 0:
+            shown, looks = {}, due or last or (step + 1) % _LOG_EVERY_STEPS == 0
+            stopping = agreed_to_stop(stop, may_ask=looks)
+            if stopping or looks:
                 shown = crew.look(step)
             size = sum(rows_BD.nbytes for rows_BD in batch.values())
             bar.advance(shared.batch_rows, bytes=size, waiting_seconds=reader.waiting_seconds - waited, **shown)
-            if stop.requested or due or last:
+            if stopping or due or last:
                 crew.save(step + 1)
-            if not last:
+            if stopping and not last:
                 stop.raise_if_requested()
     crew.wait()
     for learner, members in learners:
@@ -140,8 +144,8 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
 def _finish(learner: Learner, number: int, member: Member, store: Any, taps: tuple[str, ...]) -> None:
     state, terms = learner.state(number)
     variant, config = learner.variants[number], member.config
-    write_sae(member.output.folder, exported(config, store, variant, state, taps))
-    since_fired_F = np.asarray(state.rows_since_fired_F)
+    write_sae(member.output.folder, exported(config, store, variant, state, taps, learner.devices))
+    since_fired_F = learner.devices.on_host(state.rows_since_fired_F)
     steps = int(state.step)
     contents = {
         "variant": config.variant,

@@ -54,7 +54,7 @@ def test_a_stack_gives_what_separate_runs_give(store, tmp_path):
 
 def test_other_shapes_share_the_read_and_give_the_same_bits(store, tmp_path, monkeypatch):
     read, undisturbed = [], RowReader.batch
-    monkeypatch.setattr(RowReader, "batch", lambda self, step: read.append(step) or undisturbed(self, step))
+    monkeypatch.setattr(RowReader, "batch", lambda self, step, rows: read.append(step) or undisturbed(self, step, rows))
     changes = [{"k": 2}, {"k": 4}, {"k": 2, "latents": 40}]
     train.run_sweep([config(store, tmp_path / f"swept{i}", **change) for i, change in enumerate(changes)])
     assert read == list(range(STEPS))
@@ -84,7 +84,7 @@ def test_a_kill_between_two_saves_loses_nothing(store, tmp_path, monkeypatch):
     assert saves == [10, 10, 20, 20]
     monkeypatch.setattr(TrainingState, "save", undisturbed)
     read, reading = [], RowReader.batch
-    monkeypatch.setattr(RowReader, "batch", lambda self, step: read.append(step) or reading(self, step))
+    monkeypatch.setattr(RowReader, "batch", lambda self, step, rows: read.append(step) or reading(self, step, rows))
     train.run_sweep(configs("killed"))
     assert read == list(range(10, STEPS)), "both go on from the step that both have"
     for k in (2, 4):

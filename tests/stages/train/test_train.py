@@ -45,16 +45,16 @@ def test_a_killed_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch, mom
     undisturbed = RowReader.batch
     for moment in moments:
 
-        def batch(self, step, moment=moment):
+        def batch(self, step, rows, moment=moment):
             if step == moment:
                 raise Interrupted
-            return undisturbed(self, step)
+            return undisturbed(self, step, rows)
 
         monkeypatch.setattr(RowReader, "batch", batch)
         with pytest.raises(Interrupted):
             run(store, tmp_path / "killed", checkpoint_every_steps=10)
     seen = []
-    monkeypatch.setattr(RowReader, "batch", lambda self, step: seen.append(step) or undisturbed(self, step))
+    monkeypatch.setattr(RowReader, "batch", lambda self, step, rows: seen.append(step) or undisturbed(self, step, rows))
     run(store, tmp_path / "killed", checkpoint_every_steps=10)
     assert seen[0] == moments[-1] // 10 * 10, "only the steps since the last checkpoint are done again"
     assert sae_bytes(tmp_path / "killed") == sae_bytes(tmp_path / "whole")

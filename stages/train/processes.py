@@ -1,0 +1,99 @@
+"""A run of one process, or of several that train together: the first writes what all of them make.
+
+All must do the same in the same order wherever devices exchange data, saving included: what only one of them knows,
+whether the output is to be had and whether to stop, is told to all first.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.manifest import Manifest, fingerprint, found_fingerprint
+from saex_pipe.common.formats.stage_output import StageOutput, beside, stage_output
+from saex_pipe.common.metrics_log import MetricsLog
+from saex_pipe.common.preemption import StopRequest
+from saex_pipe.common.worker import read_share
+from saex_pipe.stages.train.config import Config
+
+
+def join(config: Config) -> None:
+    """Meet the other processes, where the run has several."""
+    if config.worker is not None:
+        read_share(config.worker)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def agreed_to_stop(stop: StopRequest, *, may_ask: bool) -> bool:
+    """Whether to stop after this step: alone, as soon as a signal has arrived.
+
+    Several processes ask one another where ``may_ask``, the same for all of them; any one's signal is that of all.
+    """
+    if jax.process_count() == 1:
+        return stop.requested
+    if not may_ask:
+        return False
+    signals = multihost_utils.process_allgather(np.int32(stop.signal or 0))
+    stop.signal = int(signals.max()) or None
+    return stop.requested
+
+
+@contextmanager
+def output_of_all(config: Config, *, force: bool) -> Iterator[StageOutput]:
+    """``stage_output`` of the first process; the others get one that writes nothing."""
+    if jax.process_count() == 1:
+        with stage_output(config, force=force) as output:
+            yield output
+        return
+    if Folder(config.out).local_path() is None:
+        raise InputError(
+            f"train.out = {config.out} with {jax.process_count()} processes",
+            "give a folder on a disk that all machines share: each of them saves its part there",
+        )
+    opened = _opened_by_first(config, force) if is_first() else _onlooker(config)
+    with opened as output:
+        yield output
+        multihost_utils.sync_global_devices("train: outputs closed")
+
+
+@contextmanager
+def _opened_by_first(config: Config, force: bool) -> Iterator[StageOutput]:
+    told = False
+    try:
+        with stage_output(config, force=force) as output:
+            told = bool(multihost_utils.broadcast_one_to_all(np.int32(1)))
+            yield output
+    except SaexError:
+        if not told:
+            multihost_utils.broadcast_one_to_all(np.int32(0))
+        raise
+
+
+@contextmanager
+def _onlooker(config: Config) -> Iterator[StageOutput]:
+    if not multihost_utils.broadcast_one_to_all(np.int32(0)):
+        raise SaexError(f"the first process could not open {config.out}; see what it says")
+    fields = fingerprint(config)
+    target = _ReadOnly(config.out)
+    places = target, _ReadOnly(beside(target, "saex-new").uri)
+    found = [place for place in places if found_fingerprint(place) == fields]
+    output = StageOutput(config, found[0] if found else places[0], target, fields)
+    output.metrics = MetricsLog(None, lambda data: None, lambda: None)
+    output.manifest = Manifest.read(output.folder)
+    yield output
+
+
+class _ReadOnly(Folder):
+    """A folder in which another process writes."""
+
+    def write_pieces(self, name: str, pieces: Sequence[Any]) -> None:
+        """Write nothing."""
