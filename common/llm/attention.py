@@ -1,7 +1,7 @@
 """Rotary positions, and causal attention with grouped heads, in memory that grows linearly with the window."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,14 +67,54 @@ def causal_attention(
         x = x.reshape(windows, blocks, block, *x.shape[2:])
         return jnp.moveaxis(jnp.moveaxis(x, 2, -2), 1, 0)
 
-    pairs = _Pairs(cut(key_NLGd), cut(value_NLGd), block, cap, window)
-    queries = cut(query_NLGrd * scale)
-    if blocks == 1:
-        mixed = _attend(pairs, jnp.int32(0), queries[0])[None]
-    else:
-        mixed = jax.lax.map(lambda args: _attend(pairs, *args), (jnp.arange(blocks), queries))
+    mixed = _mix(cap, cut(query_NLGrd * scale), cut(key_NLGd), cut(value_NLGd), window)
     mixed = jnp.moveaxis(jnp.moveaxis(mixed, 0, 1), -2, 2)  # [N, blocks, block, G, r, d]
     return mixed.reshape(windows, blocks * block, groups, repeats, head_dim)[:, :length]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(cap: float, queries: Array, keys: Array, values: Array, window: Int[Array, ""] | int | None) -> Array:
+    """Attention block by block: queries [blocks, N, G, r, block, d], keys and values [blocks, N, G, block, d].
+
+    The gradient is spelled out because a loop whose bounds are computed has none.
+    """
+    pairs, blocks = _Pairs(keys, values, cap, window), queries.shape[0]
+    if blocks == 1:
+        return _attend(pairs, jnp.int32(0), queries[0])[None]
+    return jax.lax.map(lambda args: _attend(pairs, *args), (jnp.arange(blocks, dtype=jnp.int32), queries))
+
+
+def _mix_forward(cap: float, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _mix(cap, *inputs), inputs
+
+
+def _mix_backward(cap: float, inputs: tuple[Any, ...], out: Array) -> tuple[Any, ...]:
+    """From the same blocks in loops of fixed bounds, which meet the hidden pairs, too; computed again, not kept."""
+    *arrays, window = inputs
+    blocks = arrays[0].shape[0]
+
+    def mixed(queries: Array, keys: Array, values: Array) -> Array:
+        pairs = _Pairs(keys, values, cap, window)
+
+        @jax.checkpoint
+        def attend(args: tuple[Array, Array]) -> Array:
+            number, query = args
+
+            def meet(running: _Running, other: Array) -> tuple[_Running, None]:
+                return _meet(pairs, number, query, other, running), None
+
+            others = jnp.arange(blocks, dtype=jnp.int32)
+            running, _ = jax.lax.scan(jax.checkpoint(meet), _nothing_met(query), others)
+            return running.mixed / running.total[..., None]
+
+        return jax.lax.map(attend, (jnp.arange(blocks, dtype=jnp.int32), queries))
+
+    gradients = jax.vjp(mixed, *arrays)[1](out)
+    no_gradient = None if window is None else np.zeros(np.shape(window), jax.dtypes.float0)
+    return *gradients, no_gradient
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
 
 
 class _Pairs(NamedTuple):
@@ -82,9 +122,13 @@ class _Pairs(NamedTuple):
 
     keys: Float[Array, "blocks N G block d"]
     values: Float[Array, "blocks N G block d"]
-    block: int
     cap: float
     window: Int[Array, ""] | int | None
+
+    @property
+    def block(self) -> int:
+        """Tokens to a block."""
+        return self.keys.shape[-2]
 
 
 class _Running(NamedTuple):
@@ -97,8 +141,7 @@ class _Running(NamedTuple):
 
 def _attend(pairs: _Pairs, number: Int[Array, ""], query: Float[Array, "N G r block d"]) -> Array:
     """One block of queries over the keys that it may see."""
-    rows = query.shape[:-1]
-    start = _Running(jnp.full(rows, _NOTHING), jnp.zeros(rows), jnp.zeros(query.shape, jnp.float32))
+    start = _nothing_met(query)
     if pairs.keys.shape[0] == 1:
         running = _meet(pairs, number, query, number, start)
     else:
@@ -107,6 +150,11 @@ def _attend(pairs: _Pairs, number: Int[Array, ""], query: Float[Array, "N G r bl
             first = jnp.maximum((number * pairs.block - pairs.window + 1) // pairs.block, 0).astype(jnp.int32)
         running = jax.lax.fori_loop(first, number.astype(jnp.int32) + 1, partial(_meet, pairs, number, query), start)
     return running.mixed / running.total[..., None]
+
+
+def _nothing_met(query: Array) -> _Running:
+    rows = query.shape[:-1]
+    return _Running(jnp.full(rows, _NOTHING), jnp.zeros(rows), jnp.zeros(query.shape, jnp.float32))
 
 
 def _meet(pairs: _Pairs, number: Int[Array, ""], query: Array, other: Int[Array, ""], running: _Running) -> _Running:
