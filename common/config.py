@@ -47,6 +47,7 @@ class StageConfig(pydantic.BaseModel):
     stage: ClassVar[str]  # name on the command line
     folder: ClassVar[str]  # folder under the run root
     schema_version: ClassVar[int] = 1  # of the output; part of the digest
+    stands_for: ClassVar[str | None] = None  # folder of an earlier stage that later ones read this output instead of
 
     out: str = setting(unit="URI", meaning="folder that receives this stage's output", affects_result=False)
 

@@ -29,7 +29,7 @@ from saex_pipe.common.formats.manifest import Manifest, fingerprint
 from saex_pipe.common.formats.stage_output import finished_output
 
 # In the order in which they can run. The configuration is light to import; what runs it is not.
-STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
+STAGES = ("corpus", "toy", "harvest", "train", "tune", "evaluate", "cache", "view")
 SWEPT_STAGE = "train"  # whose settings may be lists, see ``sweep``
 SWEEP = "sweep"  # folder of a run that holds one run an SAE
 _ALONE = ("copy",)  # has settings, but no place in a chain
@@ -161,11 +161,13 @@ def configure(
         field = cls.model_fields[name]
         mark = next(m for m in field.metadata if isinstance(m, Upstream))
         if field.is_required() or {*mark.only_with} & {*recipe.stages}:
-            values.setdefault(name, (places or {}).get(mark.folder, join(out, mark.folder)))
+            folder = _source(recipe, stage, mark.folder)
+            here = f"{SWEEP}/{member}/{folder}" if member and _is_of_member(folder) else folder
+            values.setdefault(name, (places or {}).get(folder, join(out, here)))
     model = recipe.settings.get("harvest", {}).get("model")
     if model is not None and stage == "corpus":
         values.setdefault("tokenizer", model)
-    if model is not None and stage == "evaluate":
+    if model is not None and stage in ("tune", "evaluate"):
         values.setdefault("model", model)
     return cls.create(values)
 
@@ -217,6 +219,17 @@ def placed(
         if is_up_to_date(elsewhere) or (stage not in stages and Manifest.read(Folder(config.out)) is None):
             config = elsewhere
     return config
+
+
+def _source(recipe: Recipe, stage: str, folder: str) -> str:
+    """The folder that ``stage`` reads where it asks for ``folder``: that of an earlier stage which stands for it."""
+    earlier = [other for other in recipe.stages if STAGES.index(other) < STAGES.index(stage)]
+    return next((config_class(other).folder for other in earlier if config_class(other).stands_for == folder), folder)
+
+
+def _is_of_member(folder: str) -> bool:
+    """Whether each SAE of a sweep has a ``folder`` of its own."""
+    return any(config_class(stage).folder == folder for stage in STAGES[STAGES.index(SWEPT_STAGE) :])
 
 
 def member_folder(stage: str, member: str) -> str:

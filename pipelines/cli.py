@@ -121,6 +121,7 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
 for _stage, _summary in {
     "corpus": "Text to windows of token ids.",
     "toy": "Synthetic activations with a known dictionary.",
+    "tune": "A sparse autoencoder to one tuned end to end, through its model.",
     "evaluate": "Scores of a sparse autoencoder.",
     "cache": "Activation store and autoencoder to what is known about each feature.",
     "view": "Feature cache to a page, or a local server (--set serve=true).",

@@ -20,6 +20,7 @@ from saex_pipe.common.formats.toy_truth import read_dictionary
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.load import load_model
+from saex_pipe.common.llm.splice import Taps, make_capture, resume_place
 from saex_pipe.common.metrics_log import Progress, progress
 from saex_pipe.common.preemption import StopRequest, graceful_stop
 from saex_pipe.common.sae.compute import Compute
@@ -27,7 +28,7 @@ from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.saelens import from_saelens
 from saex_pipe.common.sae.scores import Reconstruction, ce_recovered, match_dictionary
 from saex_pipe.stages.evaluate.config import Config
-from saex_pipe.stages.evaluate.splice import Sums, Taps, add_batch, keep_rows, make_capture, make_scorer, resume_place
+from saex_pipe.stages.evaluate.splice import Sums, add_batch, keep_rows, make_scorer
 
 _SHARD_TOKENS = 4096  # a shard is what a killed run has to do again
 

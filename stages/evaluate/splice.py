@@ -4,29 +4,22 @@ Only tokens that are rows (``row_policy``) are replaced: the SAE was never train
 attention sinks, and replacing a sink by anything breaks the model. The blocks below the tap run once.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32
 
 from saex_pipe.common.formats.row_policy import RowPolicy
 from saex_pipe.common.llm import taps as tap_names
-from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.cross_entropy import next_token_losses
 from saex_pipe.common.llm.decoder import Edit, apply
 from saex_pipe.common.llm.params import LanguageModel
+from saex_pipe.common.llm.splice import Taps
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.scores import Reconstruction
-
-
-class Taps(NamedTuple):
-    """What the SAE reads and what it replaces; the same but for a transcoder."""
-
-    tap: str
-    target: str
 
 
 class Losses(NamedTuple):
@@ -46,17 +39,6 @@ class BatchScores(NamedTuple):
     recon_NLD: Array
     active_NL: Array  # active latents of each token
     fired_F: Array  # over the rows of the batch
-
-
-def make_capture(wanted: Iterable[str]) -> Callable[[LanguageModel, Array], dict[str, Array]]:
-    """A compiled pass that gives the values of the taps ``wanted``, which may repeat."""
-    taps = list(dict.fromkeys(wanted))
-
-    @jax.jit
-    def capture(model: LanguageModel, tokens_NL: Int32[Array, "N L"]) -> dict[str, Array]:
-        return apply(model, tokens_NL, taps=taps, logits=False).taps
-
-    return capture
 
 
 def make_scorer(taps: Taps, base: str | None) -> Callable[..., BatchScores]:
@@ -92,16 +74,6 @@ def make_scorer(taps: Taps, base: str | None) -> Callable[..., BatchScores]:
         return BatchScores(losses, found[taps.target], recon_NLD, codes.active_B.reshape(keep_NL.shape), fired_F)
 
     return score
-
-
-def resume_place(taps: Taps, architecture: Architecture) -> str | None:
-    """The last residual stream that is not after either tap, from which passes with an edit start; None: the start."""
-    tap = min(taps, key=lambda name: tap_names.parse(name, architecture))
-    if tap == tap_names.EMBED:
-        return None
-    if tap == tap_names.FINAL_NORM:
-        return f"blocks.{architecture.layers - 1}.resid_post"
-    return f"blocks.{tap.split('.')[1]}.resid_pre"
 
 
 def keep_rows(

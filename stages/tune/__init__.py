@@ -1,0 +1,1 @@
+"""A trained SAE, tuned end to end through its language model."""
