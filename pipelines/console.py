@@ -65,7 +65,7 @@ _SWEEP_COLUMNS = {
 }
 
 
-def print_sweep(rows: Sequence[Mapping[str, Any]], table_uri: str) -> None:
+def print_sweep(rows: Sequence[Mapping[str, Any]], page: str) -> None:
     """One line an SAE: what was swept, and how it came out."""
     shown = [name for name in _SWEEP_COLUMNS if any(row.get(name) is not None for row in rows)]
     table = Table("SAE", *(_SWEEP_COLUMNS[name] for name in shown), title="Sweep", title_justify="left")
@@ -76,7 +76,7 @@ def print_sweep(rows: Sequence[Mapping[str, Any]], table_uri: str) -> None:
         table.add_row(row["name"], *("" if value is None else f"{value:.4g}" for value in values))
     Console(soft_wrap=False).print(table)
     scored = {row["scored_on"] for row in rows if "scored_on" in row}
-    print(f"scores of {' and '.join(sorted(scored))}; the table: {table_uri}")
+    print(f"scores of {' and '.join(sorted(scored))}; table and plots: {page}")
 
 
 def _figures(manifest: Manifest) -> tuple[str, str, str, str]:

@@ -16,9 +16,10 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.pipelines import chain
 from saex_pipe.pipelines.chain import SWEPT_STAGE as STAGE
+from saex_pipe.pipelines.sweep_report import sweep_report
 
 _MOST = 256  # SAEs; more are a slip of the comma
-TABLE = f"{chain.SWEEP}/sweep.json"
+TABLE, PAGE = f"{chain.SWEEP}/sweep.json", f"{chain.SWEEP}/index.html"
 
 
 class Member(NamedTuple):
@@ -119,6 +120,7 @@ def table(found: Sequence[Member], finished: Sequence[chain.Finished]) -> list[d
 
 
 def write_table(out: str, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Keep the table beside the folders of the sweep; ``rows`` again, and its URI."""
+    """Keep the table, and a page with it and the plots, beside the folders of the sweep; ``rows``, and the page's URI."""
     Folder(out).write(TABLE, (json.dumps(rows, indent=1, sort_keys=True) + "\n").encode())
-    return rows, chain.join(out, TABLE)
+    Folder(out).write(PAGE, sweep_report(rows).encode())
+    return rows, chain.join(out, PAGE)

@@ -65,6 +65,7 @@ def test_a_sweep_trains_scores_and_tabulates_every_sae(tmp_path, capfd):
         assert row["l0"] == pytest.approx(k, abs=0.2)
         assert row["scored_on"] == "held-out rows"
         assert row["name"] in printed
+        assert row["name"] in (out / "sweep" / "index.html").read_text()
         assert json.loads((out / "sweep" / f"k={k}" / "scores" / "scores.json").read_text())["fvu"] == row["fvu"]
     stamps = {path: path.stat().st_mtime_ns for path in Path(out).rglob("manifest.json")}
     assert len(stamps) == 5  # the toy, and two SAEs with their scores
