@@ -120,7 +120,7 @@ def table(found: Sequence[Member], finished: Sequence[chain.Finished]) -> list[d
 
 
 def write_table(out: str, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Keep the table, and a page with it and the plots, beside the folders of the sweep; ``rows``, and the page's URI."""
+    """Keep the table, and a page of it with plots, beside the folders of the sweep; ``rows``, and the page's URI."""
     Folder(out).write(TABLE, (json.dumps(rows, indent=1, sort_keys=True) + "\n").encode())
     Folder(out).write(PAGE, sweep_report(rows).encode())
     return rows, chain.join(out, PAGE)
