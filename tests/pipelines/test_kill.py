@@ -59,7 +59,7 @@ class Chain:
 
     def run(self, *more):
         process = self.start(*more)
-        process.join(120)
+        process.join(600)
         return process.exitcode
 
     def start_and_reach(self, at, seconds, *more):
@@ -179,7 +179,7 @@ def test_training_goes_on_from_its_last_checkpoint(chains, tmp_path):
     first = [int(step) for step in steps.read_text().split()]
     steps.unlink()
     process = chain.start(before=_RECORD_STEPS.format(steps=str(steps)))
-    process.join(120)
+    process.join(600)
     second = [int(step) for step in steps.read_text().split()]
     assert second[0] >= 60, f"trained to {first[-1]}, then again from {second[0]}"
     assert second == list(range(second[0], 120))
@@ -235,7 +235,7 @@ def test_killed_after_every_single_write(chains, name, stage, fewest, tmp_path):
     kills = 0
     while True:
         process = chain.start("--only", stage, before=before)
-        process.join(120)
+        process.join(600)
         note = f"killed after writing {written.read_text().splitlines()[-1]}"
         kept = check_kept(kept, chain.out, note)
         if process.exitcode != -signal.SIGKILL:
@@ -272,7 +272,7 @@ def test_killed_while_a_forced_result_replaces_the_old_one(chains, left):
     assert chain.run("--only", "toy", "--set", "toy.seed=1") == 0
     old = contents(chain.out / "activations")
     process = chain.start("--only", "toy", "--force", before=_DIE_DURING_REPLACEMENT.format(left=left))
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL, chain.stderr()
     new = {name.partition("/")[2]: data for name, data in chain.result.items() if name.startswith("activations/")}
     assert any(contents(folder) in (old, new) for folder in chain.out.iterdir()), "a whole result stays"
@@ -288,7 +288,7 @@ def test_an_interrupted_replacement_does_not_lose_the_old_result(chains):
     process = chain.start(
         "--only", "toy", "--force", "--set", "toy.seed=1", before=_DIE_DURING_REPLACEMENT.format(left=1)
     )
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL, chain.stderr()
     assert chain.run("--only", "toy") == 0, chain.stderr()
     check_kept(kept, chain.out, "the old settings again")
@@ -315,7 +315,7 @@ CorpusWork._texts = signalled
 def test_asked_to_stop_inside_a_worker_of_beam(chains, sign, status, line):
     chain = chains("tiny")
     process = chain.start("--only", "corpus", before=_SIGNAL_IN_A_WORKER.format(sign=int(sign)))
-    process.join(60)
+    process.join(600)
     assert (process.exitcode, chain.stderr()) == (status, f"saex-pipe: {line}\n")
 
 
@@ -325,7 +325,7 @@ def test_asked_to_stop_in_every_stage(chains, sign, status, line):
     for at in chain.stages:
         process = chain.start_and_reach(at, 0.5 * chain.seconds[at])
         os.kill(process.pid, sign)
-        process.join(60)
+        process.join(600)
         progress = [text for text in chain.stderr().splitlines() if " s left" not in text]
         assert (process.exitcode, progress) == (status, [f"saex-pipe: {line}"]), at
         kept = check_kept(kept, chain.out, at)
