@@ -30,7 +30,17 @@ class SavedSae(NamedTuple):
 
     cfg: dict[str, Any]  # SAELens' configuration
     tensors: dict[str, np.ndarray]  # SAELens' names, float32
-    saex: dict[str, Any]  # tap, variant, row policy, provenance
+    saex: dict[str, Any]  # taps, variant, row policy, provenance
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """What is read: one tap, or several whose rows a crosscoder takes concatenated."""
+        return tuple(self.saex["taps"]) if "taps" in self.saex else (self.saex["tap"],)
+
+    @property
+    def target_taps(self) -> tuple[str, ...]:
+        """What is predicted, likewise; the same but for a transcoder."""
+        return tuple(self.saex["taps"]) if "taps" in self.saex else (self.saex["target_tap"],)
 
 
 def write_sae(folder: Folder, sae: SavedSae) -> None:

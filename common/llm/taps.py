@@ -71,9 +71,7 @@ def expand(patterns: Iterable[str], architecture: Architecture) -> tuple[str, ..
             parse(pattern, architecture)
             found.add(pattern)
             continue
-        parts = re.split(r"(\*|\{[^{}]*\})", pattern)
-        alternatives = [_glob_part(part) for part in parts]
-        matches = [name for name in all_names(architecture) if re.fullmatch("".join(alternatives), name)]
+        matches = matching(pattern, all_names(architecture))
         if not matches:
             raise InputError(
                 f"no tap of the model fits '{pattern}'",
@@ -81,6 +79,12 @@ def expand(patterns: Iterable[str], architecture: Architecture) -> tuple[str, ..
             )
         found.update(matches)
     return tuple(name for name in all_names(architecture) if name in found)
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that a name or glob stands for, in their order; see ``expand``."""
+    expression = "".join(map(_glob_part, re.split(r"(\*|\{[^{}]*\})", pattern)))
+    return [name for name in names if re.fullmatch(expression, name)]
 
 
 def validate(names: Iterable[str], architecture: Architecture) -> dict[str, Tap]:

@@ -125,6 +125,10 @@ class Variant(ABC):
         """``(x - b_pre) W_enc + b_enc``, float32."""
         return matmul(self.centre(params, x_BD), params["w_enc_DF"], compute.dtype) + params["b_enc_F"][None]
 
+    def shift_pre_activations(self, params: Params, shift_F: Float[Array, " F"]) -> Params:
+        """Parameters whose every encoder adds ``shift_F`` to what ``x W_enc`` gives it."""
+        return {**params, "b_enc_F": params["b_enc_F"] + shift_F}
+
     def with_skip(
         self, params: Params, x_BD: Float[Array, "B D_in"], recon_BD: Float[Array, "B D_out"], compute: Compute
     ) -> Float[Array, "B D_out"]:

@@ -37,6 +37,11 @@ class Gated(Penalised):
         params = super().init(key, stats)
         return {**params, "r_mag_F": jnp.zeros(self.latents, jnp.float32), "b_mag_F": jnp.copy(params["b_enc_F"])}
 
+    def shift_pre_activations(self, params: Params, shift_F: Float[Array, " F"]) -> Params:
+        """On both paths."""
+        b_mag_F = params["b_mag_F"] + shift_F * jnp.exp(params["r_mag_F"])
+        return {**super().shift_pre_activations(params, shift_F), "b_mag_F": b_mag_F}
+
     def activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Activations:
         """Penalised is relu(pi)."""
         u_BF = matmul(self.centre(params, x_BD), params["w_enc_DF"], compute.dtype)

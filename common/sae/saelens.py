@@ -1,13 +1,15 @@
 """To and from the layout of SAELens, in memory: the dict of ``cfg.json`` and the arrays of ``sae_weights.safetensors``.
 
 Written for SAELens 6 (``SAE.load_from_disk``), tried with 6.54. Its names: W_enc [d_in, d_sae], b_enc [d_sae],
-W_dec [d_sae, d_out], b_dec [d_out]; architectures "topk", "standard" (ReLU), "transcoder" (ReLU), "jumprelu" and
-"jumprelu_transcoder" (threshold [d_sae], in units of the latents, which folding leaves alone there as here), "gated"
-(b_gate, r_mag, b_mag [d_sae], no b_enc). p-annealing is a ReLU once it is trained, and so is Wright's variant with its
-scales folded into the encoder: both are "standard" there and come back as ReLU.
-TopK and gated transcoders have no class of their own there: with equal widths SAELens' "topk" and "gated" without
-``apply_b_dec_to_input`` compute the same, with different widths no SAELens class does, and the architecture is called
-"topk_transcoder" or "gated_transcoder".
+W_dec [d_sae, d_out], b_dec [d_out], W_skip [d_out, d_in]; of JumpReLU threshold [d_sae], in units of the latents, which
+folding leaves alone there as here; of gated b_gate, r_mag, b_mag [d_sae] and no b_enc.
+
+An architecture is an activation ("standard" is ReLU, and goes without saying before a kind) and a kind: "topk",
+"transcoder", "jumprelu_skip_transcoder". What has no class there gets a name by the same rule, and SAELens refuses it:
+"topk_skip_transcoder", "crosscoder" (with ``tap_widths``, the taps concatenated in every array). Only TopK and gated
+transcoders between equal widths are SAELens' "topk" and "gated" without ``apply_b_dec_to_input``, which compute the
+same. p-annealing is a ReLU once it is trained, and so is Wright's variant with its scales folded into the encoder: both
+are "standard" there and come back as ReLU.
 """
 
 from collections.abc import Mapping
@@ -27,13 +29,17 @@ from saex_pipe.common.sae.wright import Wright
 SAELENS_VERSION = "6.54.12"  # from 6.0 on, SAELens reads cfg.json as written here
 MATRICES = {"W_enc": "w_enc_DF", "W_dec": "w_dec_FD", "b_dec": "b_dec_D"}
 BIAS = {"b_enc": "b_enc_F"}
-# What an architecture has per latent where that is not a bias alone.
+# What an activation has per latent.
 PER_LATENT = {
-    "gated": {"b_gate": "b_enc_F", "r_mag": "r_mag_F", "b_mag": "b_mag_F"},
+    "standard": BIAS,
+    "topk": BIAS,
     "jumprelu": {**BIAS, "threshold": "threshold_F"},
+    "gated": {"b_gate": "b_enc_F", "r_mag": "r_mag_F", "b_mag": "b_mag_F"},
 }
-EXACT_SETTINGS = {"normalize_activations": "none", "reshape_activations": "none", "rescale_acts_by_decoder_norm": False}
-
+KINDS = ("skip_transcoder", "transcoder", "crosscoder")
+SKIP = "W_skip"  # ours the other way round
+EXACT_SETTINGS = {"reshape_activations": "none", "rescale_acts_by_decoder_norm": False}
+NORMALISATIONS = {"none": False, "layer_norm": True}  # whether rows are normalised where the SAE is used
 
 # Our sites within a block, as TransformerLens calls them.
 HOOKS = {
@@ -57,7 +63,7 @@ def hook_name(tap: str) -> str:
 
 
 def to_saelens(
-    variant: Variant, params: Params, metadata: Mapping[str, Any]
+    variant: Variant, params: Params, metadata: Mapping[str, Any], *, row_norm: bool = False
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The contents of ``cfg.json`` and of ``sae_weights.safetensors`` (float32).
 
@@ -66,43 +72,62 @@ def to_saelens(
         params: in raw units (see ``folding.fold``).
         metadata: JSON values about the origin; SAELens knows ``model_name``, ``hook_name`` (TransformerLens' names),
             ``hook_name_out`` (transcoders), ``context_size``, ``prepend_bos``, ``dataset_path`` and others.
+        row_norm: rows go through ``normalisation.layer_norm`` first.
     """
+    if isinstance(variant, Wright):
+        params = variant.as_relu(params)
     width_in, width_out = params["w_enc_DF"].shape[0], params["w_dec_FD"].shape[1]
+    activation, settings = _activation(variant)
+    kind = _kind(variant, activation, same_width=width_in == width_out)
     cfg: dict[str, Any] = {
+        "architecture": f"{activation}_{kind}".removeprefix("standard_") if kind else activation,
         "d_in": width_in,
         "d_sae": variant.latents,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": variant.subtracts_decoder_bias,
-        "normalize_activations": "none",
+        "normalize_activations": "layer_norm" if row_norm else "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
+        **settings,
     }
-    if isinstance(variant, Wright):
-        params = variant.as_relu(params)
+    if variant.transcoder:
+        cfg["d_out"] = width_out
+    if variant.tap_widths:
+        cfg["tap_widths"] = list(variant.tap_widths)
+    tensors = {theirs: np.asarray(params[ours], np.float32) for theirs, ours in _tensor_names(activation).items()}
+    if variant.skip:
+        tensors[SKIP] = np.ascontiguousarray(np.asarray(params["w_skip_DD"], np.float32).T)
+    return cfg, tensors
+
+
+def _activation(variant: Variant) -> tuple[str, dict[str, Any]]:
+    """SAELens' name of a variant's activation, and the settings that go with it."""
     match variant:
         case TopK():
-            cfg |= {"architecture": "topk", "k": variant.k, "rescale_acts_by_decoder_norm": False}
-            if variant.transcoder:
-                cfg |= {"architecture": "topk" if width_in == width_out else "topk_transcoder", "d_out": width_out}
-        case Gated(transcoder=True):
-            cfg |= {"architecture": "gated" if width_in == width_out else "gated_transcoder", "d_out": width_out}
-        case Gated():
-            cfg |= {"architecture": "gated"}
-        case JumpRelu(transcoder=True):
-            cfg |= {"architecture": "jumprelu_transcoder", "d_out": width_out}
+            return "topk", {"k": variant.k, "rescale_acts_by_decoder_norm": False}
         case JumpRelu():
-            cfg |= {"architecture": "jumprelu"}
-        case Variant(transcoder=True):
-            cfg |= {"architecture": "transcoder", "d_out": width_out}
+            return "jumprelu", {}
+        case Gated():
+            return "gated", {}
         case _:
-            cfg |= {"architecture": "standard"}
-    names = _tensor_names(cfg["architecture"])
-    return cfg, {theirs: np.asarray(params[ours], np.float32) for theirs, ours in names.items()}
+            return "standard", {}
 
 
-def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Variant, Params]:
-    """The variant and its parameters, in raw units.
+def _kind(variant: Variant, activation: str, *, same_width: bool) -> str:
+    if variant.tap_widths:
+        return "crosscoder"
+    if not variant.transcoder or (activation in ("topk", "gated") and same_width and not variant.skip):
+        return ""
+    return "skip_transcoder" if variant.skip else "transcoder"
+
+
+def _tensor_names(activation: str) -> dict[str, str]:
+    return MATRICES | PER_LATENT[activation]
+
+
+def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Variant, Params, bool]:
+    """The variant, its parameters in raw units, and whether rows go through ``layer_norm`` first: an ``inference.Sae``.
 
     What only training needs (coefficients, constraints) is not in the layout and comes back as the default, the
     sparsity coefficient as 0. A transcoder that subtracts ``b_dec`` from its input comes back with the product moved
@@ -111,58 +136,85 @@ def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> t
     Raises:
         InputError: an architecture or setting that is not computed here, or missing or misshapen tensors.
     """
-    _refuse_other_settings(cfg)
-    params = _checked_params(cfg, tensors)
-    latents, transcoder = int(cfg["d_sae"]), "transcoder" in cfg["architecture"]
-    subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", not transcoder))
-    if cfg["architecture"] in ("topk", "topk_transcoder"):
-        return TopK(latents=latents, k=int(cfg["k"]), transcoder=not subtracts_b_dec), params
-    family = {"gated": Gated, "jumprelu": JumpRelu}.get(_family(cfg["architecture"]), Relu)
-    transcoder |= "d_out" in cfg
+    activation, kind = _parsed(cfg)
+    _refuse_other_settings(cfg, activation, kind)
+    params = _checked_params(cfg, tensors, activation, kind)
+    subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", not kind))
+    transcoder = kind.endswith("transcoder") or "d_out" in cfg
+    settings: dict[str, Any] = {
+        "latents": int(cfg["d_sae"]),
+        "transcoder": transcoder or (activation == "topk" and not kind and not subtracts_b_dec),
+        "skip": kind == "skip_transcoder",
+        "tap_widths": tuple(cfg["tap_widths"]) if kind == "crosscoder" else (),
+        "centred": subtracts_b_dec,
+    }
+    variant: Variant
+    match activation:
+        case "topk":
+            variant = TopK(k=int(cfg["k"]), **settings)
+        case "gated":
+            variant = Gated(sparsity_coefficient=0.0, **settings)
+        case "jumprelu":
+            variant = JumpRelu(sparsity_coefficient=0.0, **settings)
+        case _:
+            variant = Relu(sparsity_coefficient=0.0, **settings)
     if transcoder and subtracts_b_dec:
-        shift_F = params["b_dec_D"] @ params["w_enc_DF"]
-        params["b_enc_F"] -= shift_F
-        if family is Gated:
-            params["b_mag_F"] -= shift_F * jnp.exp(params["r_mag_F"])
-    return family(latents=latents, sparsity_coefficient=0.0, transcoder=transcoder, centred=subtracts_b_dec), params
+        params = variant.shift_pre_activations(params, -(params["b_dec_D"] @ params["w_enc_DF"]))
+    return variant, params, NORMALISATIONS[cfg.get("normalize_activations", "none")]
 
 
-def _family(architecture: str) -> str:
-    return architecture.removesuffix("_transcoder")
-
-
-def _tensor_names(architecture: str) -> dict[str, str]:
-    return MATRICES | PER_LATENT.get(_family(architecture), BIAS)
-
-
-def _refuse_other_settings(cfg: Mapping[str, Any]) -> None:
+def _parsed(cfg: Mapping[str, Any]) -> tuple[str, str]:
+    """Activation and kind, the latter "" for an autoencoder."""
     missing = sorted({"architecture", "d_in", "d_sae"} - cfg.keys())
     if missing:
         raise InputError(f"cfg.json lacks {', '.join(missing)}", "pass a folder written by SAELens 6 or saex-pipe")
-    known = (
-        *("standard", "topk", "topk_transcoder", "transcoder", "jumprelu", "jumprelu_transcoder"),
-        *("gated", "gated_transcoder"),
-    )
-    if cfg["architecture"] not in known:
-        raise InputError(f"architecture {cfg['architecture']!r} is not known", f"known are {', '.join(known)}")
-    if cfg["architecture"].startswith("topk") and "k" not in cfg:
+    name = str(cfg["architecture"])
+    kind = next((kind for kind in KINDS if name.endswith(kind)), "")
+    activation = name.removesuffix(kind).removesuffix("_") or "standard"
+    if activation not in PER_LATENT:
+        raise InputError(
+            f"architecture {name!r} is not known", f"known are {', '.join(PER_LATENT)}, and of each {', '.join(KINDS)}"
+        )
+    return activation, kind
+
+
+def _refuse_other_settings(cfg: Mapping[str, Any], activation: str, kind: str) -> None:
+    if activation == "topk" and "k" not in cfg:
         raise InputError("cfg.json lacks k", "add the number of active latents per row")
+    if kind == "crosscoder" and sum(cfg.get("tap_widths", ())) != cfg["d_in"]:
+        raise InputError(
+            f"tap_widths = {cfg.get('tap_widths')} do not add up to d_in = {cfg['d_in']}", "write the folder again"
+        )
+    normalisation = cfg.get("normalize_activations", "none")
+    if normalisation not in NORMALISATIONS or (kind and normalisation != "none"):
+        of = f" for a {kind.replace('_', ' ')}" if normalisation in NORMALISATIONS else ""
+        raise InputError(
+            f"normalize_activations = {normalisation!r} is not supported{of}",
+            "fold it in SAELens, leaving 'none'",
+        )
     for name, value in EXACT_SETTINGS.items():
         if cfg.get(name, value) != value:
             raise InputError(f"{name} = {cfg[name]!r} is not supported", f"fold it in SAELens, leaving {value!r}")
 
 
-def _checked_params(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Params:
-    names = _tensor_names(cfg["architecture"])
-    missing = sorted(names.keys() - tensors.keys())
+def _checked_params(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray], activation: str, kind: str) -> Params:
+    names = _tensor_names(activation)
+    wanted = [*names, *([SKIP] if kind == "skip_transcoder" else [])]
+    missing = sorted(set(wanted) - tensors.keys())
     if missing:
         raise InputError(f"sae_weights lacks {', '.join(missing)}", "write the folder again")
     width_in, latents, width_out = int(cfg["d_in"]), int(cfg["d_sae"]), int(cfg.get("d_out", cfg["d_in"]))
-    expected = {"W_enc": (width_in, latents), "W_dec": (latents, width_out), "b_dec": (width_out,)}
-    for name in names:
+    expected = {
+        "W_enc": (width_in, latents),
+        "W_dec": (latents, width_out),
+        "b_dec": (width_out,),
+        SKIP: (width_out, width_in),
+    }
+    for name in wanted:
         shape = expected.get(name, (latents,))
         if tensors[name].shape != shape:
             raise InputError(
                 f"{name} has shape {tensors[name].shape}, cfg.json says {shape}", "both files must be of one SAE"
             )
-    return {ours: jnp.asarray(tensors[theirs], jnp.float32) for theirs, ours in names.items()}
+    params = {ours: jnp.asarray(tensors[theirs], jnp.float32) for theirs, ours in names.items()}
+    return params | ({"w_skip_DD": jnp.asarray(tensors[SKIP].T, jnp.float32)} if SKIP in wanted else {})

@@ -11,7 +11,7 @@ from saex_pipe.stages.train.variant_settings import VariantSettings
 
 
 class Config(VariantSettings, StartSettings, OptimiserSettings, DeviceSettings):
-    """Activation store to a sparse autoencoder, or to a transcoder where ``target_tap`` is set."""
+    """Activation store to a sparse autoencoder; with ``target_tap`` to a transcoder, with ``taps`` to a crosscoder."""
 
     stage: ClassVar[str] = "train"
     folder: ClassVar[str] = "sae"
@@ -31,6 +31,9 @@ class Config(VariantSettings, StartSettings, OptimiserSettings, DeviceSettings):
     )
     tap: str | None = setting(None, unit="name", meaning="activation to encode; unset: the store's only one")
     target_tap: str | None = setting(None, unit="name", meaning="activation to predict: trains a transcoder")
+    taps: tuple[str, ...] = setting(
+        (), unit="names", meaning="activations of a crosscoder, instead of tap; * and {4,8} stand for several"
+    )
     batch_rows: int = setting(2048, unit="rows", meaning="rows of one step", ge=1)
     rows: int = setting(unit="rows", meaning="training rows in all; more than the store has means several epochs", ge=1)
     seed: int = setting(0, unit="", meaning="seed of initialisation and of the order of rows", ge=0, lt=1 << 31)

@@ -10,27 +10,27 @@ from saex_pipe.common.sae.saelens import hook_name, to_saelens
 from saex_pipe.common.sae.train_step import TrainState
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
-from saex_pipe.stages.train.rows import Rows
+from saex_pipe.stages.train.rows import Rows, Sides
 
 
 def exported(
-    config: Config, store: Rows, variant: Variant, state: TrainState, taps: tuple[str, ...], devices: Devices
+    config: Config, store: Rows, variant: Variant, state: TrainState, sides: Sides, devices: Devices
 ) -> SavedSae:
     """The files of the SAE, on ``devices`` so far; the moving averages of its parameters where they were kept."""
     source = store.info.source
-    metadata = {
-        "model_name": source.get("model"),
-        "hook_name": hook_name(taps[0]),
-        "context_size": store.info.window_length,
-    }
-    if len(taps) > 1:
-        metadata["hook_name_out"] = hook_name(taps[1])
+    metadata: dict[str, Any] = {"model_name": source.get("model"), "context_size": store.info.window_length}
+    if len(sides.input) > 1:
+        taps: dict[str, Any] = {"taps": list(sides.input)}
+        metadata["hook_names"] = [hook_name(tap) for tap in sides.input]
+    else:
+        taps = {"tap": sides.input[0], "target_tap": sides.target[0]}
+        metadata["hook_name"] = hook_name(sides.input[0])
+    if sides.input != sides.target:
+        metadata["hook_name_out"] = hook_name(sides.target[0])
     folded = fold(variant, in_float32(state.averages or state.params), state.normalisers)
     params: dict[str, Any] = {name: devices.on_host(leaf) for name, leaf in folded.items()}
-    cfg, tensors = to_saelens(variant, params, metadata)
-    saex = {
-        "tap": taps[0],
-        "target_tap": taps[-1],
+    cfg, tensors = to_saelens(variant, params, metadata, row_norm=state.normalisers.input.per_row)
+    saex = taps | {
         "row_policy": store.info.row_policy.to_json(),
         "source": dict(source),
         "store_digest": store.digest,

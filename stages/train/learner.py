@@ -15,15 +15,14 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.flops import step_flops
-from saex_pipe.common.sae.initial import DataStats
-from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import Optimiser
 from saex_pipe.common.sae.schedules import RateSchedule, penalty_factor
 from saex_pipe.common.sae.train_step import StepSettings, StepTerms, TrainState, init_state, make_step
 from saex_pipe.common.sae.variants import build, variant_class
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
-from saex_pipe.stages.train.rows import Rows
+from saex_pipe.stages.train.rows import Rows, Sides, joined
+from saex_pipe.stages.train.units import units_of
 from saex_pipe.stages.train.variant_settings import VariantSettings
 
 _DEFAULT_K = 32
@@ -34,20 +33,26 @@ class Learner:
     """S SAEs that differ in nothing but what may differ within one compiled step: swept fields and learning rate."""
 
     def __init__(
-        self, configs: Sequence[Config], store: Rows, taps: tuple[str, ...], devices: Sequence[jax.Device] | None = None
+        self,
+        configs: Sequence[Config],
+        store: Rows,
+        sides: Sides,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        resumed: bool = False,
     ) -> None:
         self.configs = tuple(configs)
         shared = configs[0]
-        self._tap, self._target = taps[0], taps[-1]
-        width = store.info.taps[self._tap]
-        self.variants = [variant_of(config, width, transcoder=len(taps) > 1) for config in configs]
+        self._sides = sides
+        widths = tuple(store.info.taps[tap] for tap in sides.input)
+        kind = {"transcoder": sides.input != sides.target or None, "tap_widths": widths if len(widths) > 1 else None}
+        self.variants = [variant_of(config, sum(widths), kind) for config in configs]
         rates = [
             config.learning_rate or variant.default_learning_rate()
             for config, variant in zip(configs, self.variants, strict=True)
         ]
         self.total_steps = math.ceil(shared.rows / shared.batch_rows)
-        self._normalisers = Normalisers(*(_normaliser(shared, store, tap) for tap in (self._tap, self._target)))
-        self._stats = _data_stats(store, (self._tap, self._target), self._normalisers)
+        self._normalisers, self._stats = units_of(shared, store, sides, with_rows=False, resumed=resumed)
         self._optimiser = optimiser_of(shared).build(self.total_steps)
         self.devices = Devices.of(shared, self.variants[0].latents, devices)
         step = make_step(self._optimiser, step_settings(shared, self.total_steps, self.devices.mesh))
@@ -88,16 +93,17 @@ class Learner:
 
     def step(self, batch: Mapping[str, np.ndarray]) -> None:
         """Learn from a batch of raw rows, by tap: those that are this process's to read, ``devices.rows``."""
-        x_BD = self.devices.placed(batch[self._tap])
-        target_BD = x_BD if self._target == self._tap else self.devices.placed(batch[self._target])
+        x_BD = self.devices.placed(joined(batch, self._sides.input))
+        target_BD = x_BD
+        if self._sides.target != self._sides.input:
+            target_BD = self.devices.placed(joined(batch, self._sides.target))
         self._state, self._terms = self._step(self._variant, self._rate, self._state, x_BD, target_BD)
 
     def lower_step(self, dtypes: tuple[Any, Any]) -> jax.stages.Lowered:
         """The step for rows of these dtypes, input and target, from shapes alone."""
         state = self.devices.described(self._like[0])
-        rows = (
-            self.devices.abstract_rows(stats.shape[0], dtype) for stats, dtype in zip(self._stats, dtypes, strict=True)
-        )
+        means = self._stats.input_mean_D, self._stats.target_mean_D
+        rows = (self.devices.abstract_rows(mean_D.shape[0], dtype) for mean_D, dtype in zip(means, dtypes, strict=True))
         return self._step.lower(self._variant, self._rate, state, *rows)
 
     def state(self, member: int) -> tuple[TrainState, StepTerms]:
@@ -135,25 +141,26 @@ def shape_of(config: Config) -> dict[str, Any]:
 
 
 def _unchecked(config: Config) -> Variant:
-    return build(config.variant, 1 << 30, **_variant_settings(config, transcoder=config.target_tap is not None))
+    kind = {"transcoder": config.target_tap not in (None, config.tap) or None}
+    return build(config.variant, 1 << 30, **_variant_settings(config), **kind)
 
 
-def variant_of(config: Config, width: int, *, transcoder: bool) -> Variant:
-    """The variant that the settings describe, for rows of ``width``."""
+def variant_of(config: Config, width: int, kind: dict[str, Any]) -> Variant:
+    """The variant that the settings describe, for rows of ``width``; ``kind`` is what follows from the taps."""
     if (config.latents is None) == (config.expansion is None):
         raise InputError(
             f"train.latents = {config.latents} and train.expansion = {config.expansion}", "set exactly one of the two"
         )
     latents = config.latents or max(1, round(width * (config.expansion or 0)))
-    return build(config.variant, latents, **_variant_settings(config, transcoder=transcoder))
+    return build(config.variant, latents, **_variant_settings(config) | kind)
 
 
-def _variant_settings(config: Config, *, transcoder: bool) -> dict[str, Any]:
+def _variant_settings(config: Config) -> dict[str, Any]:
     names = VariantSettings.model_fields.keys() - _NOT_OF_A_VARIANT
     settings: dict[str, Any] = {name: getattr(config, name) for name in sorted(names)}
     if settings["k"] is None and "k" in variant_class(config.variant).__dataclass_fields__:
         settings["k"] = _DEFAULT_K
-    return settings | {"transcoder": transcoder or None}
+    return settings
 
 
 def optimiser_of(config: Config) -> Optimiser:
@@ -193,23 +200,6 @@ def step_settings(config: Config, total_steps: int, mesh: Mesh | None) -> StepSe
         weight_dtype=config.weight_dtype,
         compute=Compute(dtype=config.compute_dtype, selection=config.selection, recall=config.recall, mesh=mesh),
     )
-
-
-def _normaliser(config: Config, store: Rows, tap: str) -> Normaliser:
-    width = store.info.taps[tap]
-    if store.rows == 0:
-        raise InputError(f"{config.store} has no training rows", "harvest again with more text or fewer drop_* rules")
-    if config.normalise == "none":
-        return Normaliser(jnp.ones(width, jnp.float32))
-    mean_square = store.statistics(tap).mean_square_norm / width
-    if mean_square == 0:
-        raise InputError(f"every row of {tap} in {config.store} is zero", "harvest another tap")
-    return Normaliser(jnp.full(width, 1 / np.sqrt(mean_square), jnp.float32))
-
-
-def _data_stats(store: Rows, taps: tuple[str, str], normalisers: Normalisers) -> DataStats:
-    means = (jnp.asarray(store.statistics(tap).mean_D[None], jnp.float32) for tap in taps)
-    return DataStats(*(side.apply(mean_1D)[0] for side, mean_1D in zip(normalisers, means, strict=True)))
 
 
 def _member(both: tuple[TrainState, StepTerms], number: Array) -> tuple[TrainState, StepTerms]:

@@ -1,7 +1,10 @@
 """Where the rows of a training run come from: one store, several mixed, or one that is still being written."""
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Float
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import ActivationStore
@@ -10,6 +13,7 @@ from saex_pipe.common.formats.followed_store import FollowedStore, frees_shards,
 from saex_pipe.common.formats.mixed_stores import MixedReader, MixedStores
 from saex_pipe.common.formats.row_reader import READ_AHEAD_FACTOR, RowReader
 from saex_pipe.common.formats.store_info import StoreInfo
+from saex_pipe.common.llm.taps import matching
 from saex_pipe.common.preemption import StopRequest
 from saex_pipe.common.shuffle import TrancheOrder
 from saex_pipe.stages.train.config import Config
@@ -22,20 +26,32 @@ Rows: TypeAlias = ActivationStore | FollowedStore | MixedStores
 Reader: TypeAlias = RowReader | MixedReader
 
 
-def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, tuple[str, ...]]:
-    """The rows to train on; the tap to encode and, for a transcoder, the tap to predict."""
+class Sides(NamedTuple):
+    """The taps that are encoded and those that are predicted: one each, or all of a crosscoder on both sides."""
+
+    input: tuple[str, ...]
+    target: tuple[str, ...]
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """All, each once."""
+        return tuple(dict.fromkeys(self.input + self.target))
+
+
+def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, Sides]:
+    """The rows to train on, and which taps of them are encoded and predicted."""
     if config.follow:
         if config.other_stores:
             raise InputError("train.follow and train.other_stores contradict each other", "mix finished stores")
         held = config.pool_bytes or _SMALLEST_POOL
         followed = FollowedStore(config.store, config.tranche_shards, held, stop.raise_if_requested)
-        return followed, _taps(config, followed)
+        return followed, _sides(config, followed)
     store = ActivationStore(config.store)
-    taps = _taps(config, store)
+    sides = _sides(config, store)
     if not config.other_stores:
-        return store, taps
+        return store, sides
     stores = [store, *map(ActivationStore, config.other_stores)]
-    return MixedStores(stores, taps, config.store_weights), taps
+    return MixedStores(stores, sides.taps, config.store_weights), sides
 
 
 def make_reader(config: Config, store: Rows, taps: tuple[str, ...]) -> Reader:
@@ -57,6 +73,21 @@ def default_pool_bytes(batch_rows: int, info: StoreInfo, taps: Sequence[str]) ->
     row_bytes = sum(map(info.row_bytes, taps))
     rows = batch_rows * info.window_length / MOST_MATES
     return int(min(max(rows * row_bytes * READ_AHEAD_FACTOR, _SMALLEST_POOL), _LARGEST_POOL))
+
+
+def joined(batch: Mapping[str, np.ndarray], taps: Sequence[str]) -> Float[np.ndarray, "B D"]:
+    """The rows of several taps, one beside the other."""
+    return batch[taps[0]] if len(taps) == 1 else np.concatenate([batch[tap] for tap in taps], axis=1)
+
+
+def first_rows(config: Config, store: Rows, taps: tuple[str, ...], *, resumed: bool) -> dict[str, np.ndarray]:
+    """The first ``sample_rows`` rows of training, by tap, float32; as many zeros where it is ``resumed``."""
+    count = config.sample_rows if store.rows is None else min(config.sample_rows, store.rows)
+    if resumed:
+        return {tap: np.zeros((count, store.info.taps[tap]), np.float32) for tap in taps}
+    with make_reader(config, store, taps) as reader:
+        batches = [reader.batch(step, slice(None)) for step in range(-(-count // config.batch_rows))]
+        return {tap: np.concatenate([batch[tap] for batch in batches])[:count].astype(np.float32) for tap in taps}
 
 
 class Returns:
@@ -87,13 +118,31 @@ class Returns:
         return self._order.tranche_at(step * self._batch_rows)
 
 
-def _taps(config: Config, store: ActivationStore | FollowedStore) -> tuple[str, ...]:
+def _sides(config: Config, store: ActivationStore | FollowedStore) -> Sides:
     available = list(store.info.taps)
+    if config.taps:
+        return _crosscoder_sides(config, available)
     if config.tap is None and len(available) > 1:
         raise InputError(
             f"train.tap is missing, and {config.store} holds {', '.join(available)}", "set it to one of them"
         )
-    taps = config.tap or available[0], config.target_tap or config.tap or available[0]
-    for tap in taps:
-        store.require_tap(tap)
-    return tuple(dict.fromkeys(taps))
+    tap = config.tap or available[0]
+    sides = Sides((tap,), (config.target_tap or tap,))
+    for name in sides.taps:
+        store.require_tap(name)
+    return sides
+
+
+def _crosscoder_sides(config: Config, available: Sequence[str]) -> Sides:
+    if config.tap is not None or config.target_tap is not None:
+        raise InputError("train.taps and train.tap or target_tap contradict each other", "a crosscoder has taps only")
+    found: set[str] = set()
+    for pattern in config.taps:
+        names = matching(pattern, available)
+        if not names:
+            raise InputError(f"{config.store} has no tap {pattern!r}", f"it holds {', '.join(available)}")
+        found.update(names)
+    if len(found) < 2:
+        raise InputError(f"train.taps = {', '.join(config.taps)} is one tap", "name several, or set train.tap")
+    taps = tuple(tap for tap in available if tap in found)
+    return Sides(taps, taps)

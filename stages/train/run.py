@@ -23,12 +23,12 @@ from saex_pipe.stages.train.export import exported
 from saex_pipe.stages.train.learner import Learner, shape_of
 from saex_pipe.stages.train.processes import agreed_to_stop, join, output_of_all
 from saex_pipe.stages.train.report import REPORT, Facts, read_events, report
-from saex_pipe.stages.train.rows import Returns, make_reader, open_rows
+from saex_pipe.stages.train.rows import Returns, Sides, make_reader, open_rows
 
 _LOG_EVERY_STEPS = 10
 # SAEs that agree in these read the same batches.
 _READING = (
-    *("store", "other_stores", "store_weights", "follow", "tranche_shards", "tap", "target_tap"),
+    *("store", "other_stores", "store_weights", "follow", "tranche_shards", "tap", "target_tap", "taps"),
     *("batch_rows", "rows", "seed", "pool_bytes", "checkpoint_every_steps", "model_parallel"),
 )
 
@@ -85,13 +85,13 @@ def _reading(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _READING}
 
 
-def _learners(cohort: Cohort, store: Any, taps: tuple[str, ...]) -> Iterator[tuple[Learner, list[Member]]]:
+def _learners(cohort: Cohort, store: Any, sides: Sides) -> Iterator[tuple[Learner, list[Member]]]:
     def shape(member: Member) -> str:
         return json.dumps(shape_of(member.config), sort_keys=True)
 
     for _, group in itertools.groupby(sorted(cohort.members, key=shape), key=shape):
         members = list(group)
-        learner = Learner([member.config for member in members], store, taps)
+        learner = Learner([member.config for member in members], store, sides, resumed=cohort.start > 0)
         states = []
         for number, member in enumerate(members):
             if cohort.start:
@@ -105,10 +105,10 @@ def _learners(cohort: Cohort, store: Any, taps: tuple[str, ...]) -> Iterator[tup
 def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
     """Train the SAEs of a cohort to their ends; what is to be said of those that diverged."""
     shared = cohort.members[0].config
-    store, taps = open_rows(shared, stop)
-    learners = list(_learners(cohort, store, taps))
+    store, sides = open_rows(shared, stop)
+    learners = list(_learners(cohort, store, sides))
     crew = Crew(learners, cohort.start)
-    reader = make_reader(shared, store, taps)
+    reader = make_reader(shared, store, sides.taps)
     given_back = Returns(shared, store, reader, cohort.members[0].output.digest)
     steps = math.ceil(shared.rows / shared.batch_rows)
     total, done = steps * shared.batch_rows, cohort.start * shared.batch_rows
@@ -137,14 +137,14 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
     for learner, members in learners:
         for number, member in enumerate(members):
             if member not in crew.diverged:
-                _finish(learner, number, member, store, taps)
+                _finish(learner, number, member, store, sides)
     return list(crew.diverged.values())
 
 
-def _finish(learner: Learner, number: int, member: Member, store: Any, taps: tuple[str, ...]) -> None:
+def _finish(learner: Learner, number: int, member: Member, store: Any, sides: Sides) -> None:
     state, terms = learner.state(number)
     variant, config = learner.variants[number], member.config
-    write_sae(member.output.folder, exported(config, store, variant, state, taps, learner.devices))
+    write_sae(member.output.folder, exported(config, store, variant, state, sides, learner.devices))
     since_fired_F = learner.devices.on_host(state.rows_since_fired_F)
     steps = int(state.step)
     contents = {

@@ -108,6 +108,7 @@ def test_special_tokens_and_first_positions_are_no_rows(out):
 
 
 def test_the_feature_cache_counts_what_the_sae_does(out):
+    from saex_pipe.common.sae.compute import Compute
     from saex_pipe.common.sae.inference import Sae
     from saex_pipe.common.sae.saelens import from_saelens
 
@@ -115,7 +116,7 @@ def test_the_feature_cache_counts_what_the_sae_does(out):
     store = ActivationStore(f"{out}/activations", (tiny_run.TAP,))
     windows = range(store.info.windows)
     acts_NLD = store.acts(tiny_run.TAP, windows).astype(np.float32)
-    codes_NLF = np.array(Sae(*from_saelens(saved.cfg, saved.tensors), "bfloat16").encode(acts_NLD))
+    codes_NLF = np.array(Sae(*from_saelens(saved.cfg, saved.tensors), Compute(dtype="bfloat16")).encode(acts_NLD))
     codes_NLF[~store.keep(windows)] = 0
     with FeatureCache(Folder(f"{out}/cache")) as cache:
         counts_F = cache.features(["firing_count"]).column(0).to_numpy()

@@ -32,6 +32,8 @@ SAELENS_CLASSES = {
     "jumprelu": "JumpReLUSAE",
     "jumprelu_transcoder": "JumpReLUTranscoder",
     "gated": "GatedSAE",
+    "skip_transcoder": "SkipTranscoder",
+    "jumprelu_skip_transcoder": "JumpReLUSkipTranscoder",
 }
 PENALISED = {"sparsity_coefficient": 1.0}
 COME_BACK_AS_RELU = {"wright", "wright transcoder", "p-annealing"}
@@ -55,6 +57,19 @@ CASES: dict[str, tuple[Variant, int, str]] = {
         10,
         "gated_transcoder",
     ),
+    "relu skip transcoder": (
+        build("relu", LATENTS, sparsity_coefficient=1.0, transcoder=True, skip=True),
+        10,
+        "skip_transcoder",
+    ),
+    "topk skip transcoder": (build("topk", LATENTS, k=5, transcoder=True, skip=True), WIDTH, "topk_skip_transcoder"),
+    "jumprelu skip transcoder": (
+        build("jumprelu", LATENTS, **JUMPS, transcoder=True, skip=True),
+        10,
+        "jumprelu_skip_transcoder",
+    ),
+    "relu crosscoder": (build("relu", LATENTS, sparsity_coefficient=1.0, tap_widths=(6, 10)), WIDTH, "crosscoder"),
+    "topk crosscoder": (build("topk", LATENTS, k=5, tap_widths=(6, 10)), WIDTH, "topk_crosscoder"),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -82,9 +97,11 @@ def test_round_trip(case: str, tmp_path: Path) -> None:
     assert cfg["metadata"]["hook_name"] == METADATA["hook_name"]
     save_file(tensors, tmp_path / "sae_weights.safetensors")
     cfg = json.loads(json.dumps(cfg))
-    variant, params = from_saelens(cfg, load_file(tmp_path / "sae_weights.safetensors"))
-    assert type(variant) is (Relu if case in COME_BACK_AS_RELU else type(sae.variant))
-    again = Sae(variant, params)
+    again = Sae(*from_saelens(cfg, load_file(tmp_path / "sae_weights.safetensors")))
+    assert type(again.variant) is (Relu if case in COME_BACK_AS_RELU else type(sae.variant))
+    for name in ("transcoder", "skip", "tap_widths"):
+        assert getattr(again.variant, name) == getattr(sae.variant, name), name
+    np.testing.assert_array_equal(again.variant.decoder_norms(again.params), sae.variant.decoder_norms(sae.params))
     tolerance = 1e-5 if case.startswith("wright") else 0.0  # its scales are folded into the encoder
     for before, after in ((sae.encode, again.encode), (sae.reconstruct, again.reconstruct)):
         np.testing.assert_allclose(after(raw_BD), before(raw_BD), rtol=tolerance, atol=tolerance * RAW_NORM)
@@ -108,7 +125,13 @@ def test_a_transcoder_that_subtracts_its_decoder_bias_has_it_moved_into_the_enco
     ("change", "message"),
     [
         ({"architecture": "temporal"}, "architecture 'temporal' is not known; known are standard, topk"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm' is not supported"),
+        ({"normalize_activations": "constant_norm_rescale"}, "'constant_norm_rescale' is not supported"),
+        (
+            {"normalize_activations": "layer_norm", "architecture": "topk_transcoder"},
+            "normalize_activations = 'layer_norm' is not supported for a transcoder",
+        ),
+        ({"architecture": "topk_skip_transcoder"}, "sae_weights lacks W_skip"),
+        ({"architecture": "crosscoder", "tap_widths": [6, 9]}, "tap_widths = [6, 9] do not add up to d_in = 16"),
         ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm = True is not supported"),
         ({"d_sae": 63}, "W_enc has shape (16, 64), cfg.json says (16, 63)"),
         ({"k": None}, "cfg.json lacks k"),
@@ -133,13 +156,21 @@ def test_missing_tensors_are_named() -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][2] in SAELENS_CLASSES])
-def test_saelens_computes_the_same(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "row_norm"),
+    [
+        *((case, False) for case in CASES if CASES[case][2] in SAELENS_CLASSES),
+        *((case, True) for case in ("topk", "relu")),
+    ],
+)
+def test_saelens_computes_the_same(case: str, row_norm: bool, tmp_path: Path) -> None:
     sae_lens = pytest.importorskip("sae_lens")
     import torch
 
     sae, raw_BD = exported(case)
-    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA)
+    sae = Sae(sae.variant, sae.params, row_norm)
+    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA, row_norm=row_norm)
+    assert from_saelens(cfg, tensors)[2] == row_norm
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
     save_file(tensors, tmp_path / "sae_weights.safetensors")
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
@@ -147,6 +178,8 @@ def test_saelens_computes_the_same(case: str, tmp_path: Path) -> None:
         codes_BF = theirs.encode(torch.from_numpy(np.array(raw_BD)))
         recon_BD = theirs.decode(codes_BF)
         whole_BD = theirs(torch.from_numpy(np.array(raw_BD)))
+    if sae.variant.skip:
+        recon_BD = whole_BD  # SAELens' decode leaves the skip path out
     assert type(theirs).__name__ == SAELENS_CLASSES[CASES[case][2]]
     assert theirs.cfg.metadata.hook_name == METADATA["hook_name"]
     for ours, torchs in ((sae.encode(raw_BD), codes_BF), (sae.reconstruct(raw_BD), recon_BD), (recon_BD, whole_BD)):

@@ -39,9 +39,18 @@ class Interrupted(BaseException):
     """Stands for a kill: nothing in the code under test catches it."""
 
 
-@pytest.mark.parametrize("moments", [(3,), (25, 26), (20, 40, 59)])
-def test_a_killed_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch, moments):
-    run(store, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("moments", "changes"),
+    [
+        ((3,), {}),
+        ((25, 26), {}),
+        ((20, 40, 59), {}),
+        ((25,), {"normalise": "ema"}),
+        ((25,), {"normalise": "whitening_zca", "sample_rows": 100}),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch, moments, changes):
+    run(store, tmp_path / "whole", **changes)
     undisturbed = RowReader.batch
     for moment in moments:
 
@@ -52,10 +61,10 @@ def test_a_killed_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch, mom
 
         monkeypatch.setattr(RowReader, "batch", batch)
         with pytest.raises(Interrupted):
-            run(store, tmp_path / "killed", checkpoint_every_steps=10)
+            run(store, tmp_path / "killed", checkpoint_every_steps=10, **changes)
     seen = []
     monkeypatch.setattr(RowReader, "batch", lambda self, step, rows: seen.append(step) or undisturbed(self, step, rows))
-    run(store, tmp_path / "killed", checkpoint_every_steps=10)
+    run(store, tmp_path / "killed", checkpoint_every_steps=10, **changes)
     assert seen[0] == moments[-1] // 10 * 10, "only the steps since the last checkpoint are done again"
     assert sae_bytes(tmp_path / "killed") == sae_bytes(tmp_path / "whole")
 
@@ -70,6 +79,27 @@ def test_a_saved_sae_takes_raw_activations(store, tmp_path):
     fvu = np.square(rows_BD - recon_BD).sum() / np.square(rows_BD - rows_BD.mean(0)).sum()
     assert fvu == pytest.approx(manifest.contents["last_step"]["fvu"], abs=0.1)
     assert fvu < 0.6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalise": "expected_norm"},
+        {"normalise": "clipped", "clip_multiple": 1.5},
+        {"normalise": "ema", "ema_decay": 0.9},
+        {"normalise": "layer_norm"},
+        {"normalise": "whitening_pca", "sample_rows": 500},
+    ],
+    ids=lambda changes: changes["normalise"],
+)
+def test_whatever_the_units_of_training_a_saved_sae_takes_raw_activations(store, tmp_path, changes):
+    run(store, tmp_path, learning_rate=1e-2, **changes)
+    saved = read_sae(str(tmp_path))
+    rows_BD = ActivationStore(store, ("toy",)).acts("toy", range(4)).reshape(-1, 12)
+    recon_BD = np.asarray(Sae(*from_saelens(saved.cfg, saved.tensors)).reconstruct(rows_BD))
+    fvu = np.square(rows_BD - recon_BD).sum() / np.square(rows_BD - rows_BD.mean(0)).sum()
+    assert fvu < 0.6
+    assert saved.cfg["normalize_activations"] == ("layer_norm" if changes["normalise"] == "layer_norm" else "none")
 
 
 def test_training_without_normalisation_saves_what_was_trained(store, tmp_path):
