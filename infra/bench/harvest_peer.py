@@ -73,6 +73,6 @@ class PeerProcess:
         self._log.close()
 
 
-def note(text: str) -> None:
+def note(text: str, script: str = "harvest.py") -> None:
     """A remark beside the results."""
-    print(f"harvest.py: {text}", file=sys.stderr, flush=True)
+    print(f"{script}: {text}", file=sys.stderr, flush=True)

@@ -40,7 +40,7 @@ SAELENS_NAMES = {
     "gated": "Gated",
     "topk": "TopK",
     "batchtopk": "BatchTopK",
-    "matryoshka": "MatryoshkaBatchTopK",
+    "matryoshka_batchtopk": "MatryoshkaBatchTopK",
 }
 
 
@@ -120,11 +120,11 @@ def saelens_sae(case: Case) -> Any:
     from sae_lens import saes
 
     settings: dict[str, Any] = {}
-    if case.variant in ("topk", "batchtopk", "matryoshka"):
+    if case.variant in ("topk", "batchtopk", "matryoshka_batchtopk"):
         settings["k"] = case.k
     if case.variant == "topk" and case.sparse:
         settings |= {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
-    if case.variant == "matryoshka":
+    if case.variant == "matryoshka_batchtopk":
         settings["matryoshka_widths"] = [parts * case.latents // LEVELS[-1] for parts in LEVELS]
     name = f"{SAELENS_NAMES[case.variant]}TrainingSAE"
     configuration = getattr(saes, f"{name}Config")(d_in=case.width, d_sae=case.latents, **settings)
