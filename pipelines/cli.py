@@ -194,7 +194,7 @@ def show_config(stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stag
 
 @app.command()
 def plan(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage to plan: harvest.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage to plan: harvest or train.")],
     recipe: _OptionalRecipe = None,
     topology: Annotated[str, typer.Option(metavar="NAME", help="TPU slice, kind and grid of chips.")] = "v5e:2x4",
     model: Annotated[str | None, typer.Option(metavar="URI", help="Model; its config.json is enough.")] = None,
@@ -204,11 +204,23 @@ def plan(
     set_: _Set = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Compile a stage's step for TPUs that need not be here: memory per chip, tokens/s, bytes to store."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is here stays free for others
-    from saex_pipe.pipelines.plan import run_plan
+    """Compile a stage's step for TPUs that need not be here: memory per chip, tokens/s or rows/s, bytes of the store.
 
-    run_plan(stage, recipe, topology, set_ or [], as_json, model=model, model_parallel=model_parallel)
+    To plan a training without its store, give the width of its rows: --set width=2304.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is here stays free for others
+    if stage == "train":
+        from saex_pipe.pipelines.plan_train import run_train_plan
+
+        run_train_plan(recipe, topology, set_ or [], as_json, model_parallel)
+    elif stage == "harvest":
+        from saex_pipe.pipelines.plan import run_harvest_plan
+
+        run_harvest_plan(recipe, topology, set_ or [], as_json, model=model, model_parallel=model_parallel)
+    else:
+        from saex_pipe.common.errors import InputError
+
+        raise InputError(f"there is no plan for {stage!r}", "the stages that are planned are harvest and train")
 
 
 app.add_typer(store_app, name="store")

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from saex_pipe.common import resources
 from saex_pipe.common.aot import Compiled, Topology, compile_ahead, topology
-from saex_pipe.common.errors import InputError
+from saex_pipe.common.config import StageConfig
 from saex_pipe.common.formats.store_info import DTYPES, given_dtypes
 from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.architecture import Architecture
@@ -175,19 +175,24 @@ def _read_architecture(uri: str) -> Architecture:
     return read_architecture(path.parent if path.name == "config.json" else path)
 
 
-def run_plan(
-    stage: str, recipe: str | None, name: str, assignments: Sequence[str], as_json: bool, **settings: str | int | None
-) -> None:
-    """The command: print the plan of ``stage`` of a recipe on the topology ``name``, as a table or as JSON.
+def planned_config(
+    stage: str, recipe: str | None, assignments: Sequence[str], **settings: str | int | None
+) -> tuple[StageConfig, chain.Recipe]:
+    """The configuration of ``stage`` of a recipe, and the recipe.
 
     Assignments are those of ``--set``; ``settings`` of the stage that are not None come on top.
     """
-    if stage != "harvest":
-        raise InputError(f"there is no plan for {stage!r}", "the stage that is planned is harvest")
     loaded = chain.load_recipe(recipe) if recipe is not None else chain.Recipe("custom", "", (), {}, "")
     given = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
     loaded = chain.with_assignments(loaded, [*assignments, *given], stage)
-    config = chain.configure(loaded, stage, "runs/plan")
+    return chain.configure(loaded, stage, "runs/plan"), loaded
+
+
+def run_harvest_plan(
+    recipe: str | None, name: str, assignments: Sequence[str], as_json: bool, **settings: str | int | None
+) -> None:
+    """The command: print the plan of a recipe's harvest on the topology ``name``, as a table or as JSON."""
+    config, loaded = planned_config("harvest", recipe, assignments, **settings)
     assert isinstance(config, Config)
     default = chain.config_class("corpus").model_fields["window_length"].default
     length = loaded.settings.get("corpus", {}).get("window_length", default)
@@ -207,9 +212,9 @@ def _print_table(plan: HarvestPlan) -> None:
     rows = {
         "slice": f"{plan.topology}, {plan.chips} chips{devices}: {mesh}",
         "step": f"{plan.batch_windows} windows of {plan.window_length:,} tokens",
-        "memory of a device": f"{_gib(memory.peak_bytes)} of {_gib(plan.memory_limit_bytes)} "
-        f"({memory.peak_bytes / plan.memory_limit_bytes:.0%}): arguments {_gib(memory.argument_bytes)}, "
-        f"outputs {_gib(memory.output_bytes)}, temporaries {_gib(memory.temporary_bytes)}",
+        "memory of a device": f"{gib(memory.peak_bytes)} of {gib(plan.memory_limit_bytes)} "
+        f"({memory.peak_bytes / plan.memory_limit_bytes:.0%}): arguments {gib(memory.argument_bytes)}, "
+        f"outputs {gib(memory.output_bytes)}, temporaries {gib(memory.temporary_bytes)}",
         "collectives": ", ".join(f"{count} {kind}" for kind, count in memory.collectives.items()) or "none",
         "compiled in": f"{memory.seconds:.1f} s",
         "FLOPs per token": f"{plan.flops_per_token / 1e9:.3f} G",
@@ -229,5 +234,6 @@ def _print_table(plan: HarvestPlan) -> None:
     Console().print(table)
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes, for people."""
     return f"{size / 2**30:.2f} GiB"

@@ -163,7 +163,7 @@ def test_a_step_that_does_not_fit_says_what_to_change(tmp_path):
 def test_what_cannot_be_planned_is_refused(tmp_path, capsys):
     model = write_config(tmp_path, CONFIGS["grouped"])
     cases = {
-        ("train",): "there is no plan for 'train'; the stage that is planned is harvest",
+        ("corpus",): "there is no plan for 'corpus'; the stages that are planned are harvest and train",
         ("harvest", "--model", model): "harvest.taps is missing; set it to",
         ("harvest", "--model", model, "--set", "taps=embed", "--topology", "v5e-8"): "no TPU topology 'v5e-8'",
     }
