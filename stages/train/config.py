@@ -6,11 +6,12 @@ from saex_pipe.common.config import Upstream, setting
 from saex_pipe.common.metrics_sinks import Sink
 from saex_pipe.stages.train.device_settings import DeviceSettings
 from saex_pipe.stages.train.optimiser_settings import OptimiserSettings
+from saex_pipe.stages.train.resample_settings import ResampleSettings
 from saex_pipe.stages.train.start_settings import StartSettings
 from saex_pipe.stages.train.variant_settings import VariantSettings
 
 
-class Config(VariantSettings, StartSettings, OptimiserSettings, DeviceSettings):
+class Config(VariantSettings, StartSettings, OptimiserSettings, ResampleSettings, DeviceSettings):
     """Activation store to a sparse autoencoder; with ``target_tap`` to a transcoder, with ``taps`` to a crosscoder."""
 
     stage: ClassVar[str] = "train"
@@ -58,3 +59,10 @@ class Config(VariantSettings, StartSettings, OptimiserSettings, DeviceSettings):
     def takes_unfinished(self) -> bool:
         """A followed store may still be growing."""
         return self.follow
+
+    def resamples_before(self, step: int) -> bool:
+        """Whether ``resample_every_rows`` more rows were full with the step before ``step``."""
+        every, done = self.resample_every_rows, step * self.batch_rows
+        if every is None or done > (self.resample_until_rows or self.rows // 2):
+            return False
+        return step > 0 and done // every > (done - self.batch_rows) // every

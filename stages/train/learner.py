@@ -21,7 +21,8 @@ from saex_pipe.common.sae.train_step import StepSettings, StepTerms, TrainState,
 from saex_pipe.common.sae.variants import build, variant_class
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
-from saex_pipe.stages.train.rows import Rows, Sides, joined
+from saex_pipe.stages.train.resampling import make_resampling
+from saex_pipe.stages.train.rows import Reader, Rows, Sides, joined
 from saex_pipe.stages.train.units import units_of
 from saex_pipe.stages.train.variant_settings import VariantSettings
 
@@ -55,7 +56,8 @@ class Learner:
         self._normalisers, self._stats = units_of(shared, store, sides, with_rows=False, resumed=resumed)
         self._optimiser = optimiser_of(shared).build(self.total_steps)
         self.devices = Devices.of(shared, self.variants[0].latents, devices)
-        step = make_step(self._optimiser, step_settings(shared, self.total_steps, self.devices.mesh))
+        settings = step_settings(shared, self.total_steps, self.devices.mesh)
+        step = make_step(self._optimiser, settings)
         if len(configs) == 1:
             self._variant, self._rate = self.variants[0], np.asarray(rates[0], np.float32)
         else:
@@ -65,6 +67,9 @@ class Learner:
         self._like = self._one if len(configs) == 1 else jax.eval_shape(stacked, [self._one] * len(configs))
         self._step = self.devices.compiled(step, self._like, donate_argnums=2)
         self._member = self.devices.compiled(_member, self._one)
+        self._resampling = make_resampling(
+            shared, self.devices, self._like[0], settings.compute, is_stack=len(configs) > 1
+        )
         self._state: TrainState | None = None
         self._terms: StepTerms | None = None
 
@@ -93,11 +98,13 @@ class Learner:
 
     def step(self, batch: Mapping[str, np.ndarray]) -> None:
         """Learn from a batch of raw rows, by tap: those that are this process's to read, ``devices.rows``."""
+        self._state, self._terms = self._step(self._variant, self._rate, self._state, *self._placed(batch))
+
+    def _placed(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        """Input and target of a batch on the devices."""
         x_BD = self.devices.placed(joined(batch, self._sides.input))
-        target_BD = x_BD
-        if self._sides.target != self._sides.input:
-            target_BD = self.devices.placed(joined(batch, self._sides.target))
-        self._state, self._terms = self._step(self._variant, self._rate, self._state, x_BD, target_BD)
+        alike = self._sides.target == self._sides.input
+        return x_BD, x_BD if alike else self.devices.placed(joined(batch, self._sides.target))
 
     def lower_step(self, dtypes: tuple[Any, Any]) -> jax.stages.Lowered:
         """The step for rows of these dtypes, input and target, from shapes alone."""
@@ -105,6 +112,14 @@ class Learner:
         means = self._stats.input_mean_D, self._stats.target_mean_D
         rows = (self.devices.abstract_rows(mean_D.shape[0], dtype) for mean_D, dtype in zip(means, dtypes, strict=True))
         return self._step.lower(self._variant, self._rate, state, *rows)
+
+    def resample(self, step: int, reader: Reader) -> None:
+        """Let dead latents start again before ``step``, from the rows that come with it and after."""
+        shared = self.configs[0]
+        steps = range(step, step + math.ceil(shared.resample_from_rows / shared.batch_rows))
+        batches = (self._placed(reader.batch(number, self.devices.rows)) for number in steps)
+        assert self._state is not None
+        self._state = self._resampling(self._variant, self._state, step, batches)
 
     def state(self, member: int) -> tuple[TrainState, StepTerms]:
         """State and last terms of one SAE."""

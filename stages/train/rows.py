@@ -43,6 +43,11 @@ def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, Sides]:
     if config.follow:
         if config.other_stores:
             raise InputError("train.follow and train.other_stores contradict each other", "mix finished stores")
+        if config.resample_every_rows:
+            raise InputError(
+                "train.resample_every_rows reads ahead, and with train.follow those rows may not be there yet",
+                "unset one of the two",
+            )
         held = config.pool_bytes or _SMALLEST_POOL
         followed = FollowedStore(config.store, config.tranche_shards, held, stop.raise_if_requested)
         return followed, _sides(config, followed)

@@ -119,6 +119,9 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
                 crew.wait()
                 given_back.release(step)
             waited = reader.waiting_seconds
+            for learner, _ in learners:
+                if learner.configs[0].resamples_before(step):
+                    learner.resample(step, reader)
             batch = reader.batch(step, learners[0][0].devices.rows)
             for learner, _ in learners:
                 learner.step(batch)
