@@ -68,12 +68,13 @@ PUBLISHED: dict[JumpReluForm, Published] = {
 }
 
 
-@variant(
-    swept=(
-        *("sparsity_coefficient", "target_l0", "tanh_scale", "pre_activation_coefficient"),
-        *("frequency_coefficient", "frequency_limit"),
-    )
+SWEPT = (
+    *("sparsity_coefficient", "target_l0", "tanh_scale", "pre_activation_coefficient"),
+    *("frequency_coefficient", "frequency_limit"),
 )
+
+
+@variant(swept=SWEPT)
 class JumpRelu(Variant):
     """Hyperparameters; the equations are at the head of the file.
 

@@ -62,3 +62,11 @@ def steps_of(stretch: float, total_steps: int) -> int:
 def penalty_factor(warmup: float, total_steps: int, fraction_done: Float[Array, ""]) -> Float[Array, ""]:
     """Share of the sparsity coefficient once ``fraction_done`` of the steps are done: linear from 0 over ``warmup``."""
     return jnp.minimum(1.0, fraction_done * total_steps / max(1, steps_of(warmup, total_steps)))
+
+
+def k_now(k: int, k_start: int | None, fraction: float, fraction_done: Float[Array, ""]) -> Float[Array, ""]:
+    """Linear from ``k_start`` (None: k) at the first step to ``k`` when ``fraction`` of the steps are done, then k."""
+    if k_start is None or k_start == k:
+        return jnp.full((), float(k))
+    done = jnp.minimum(fraction_done / fraction, 1.0)
+    return k_start + (k - k_start) * done

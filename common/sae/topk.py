@@ -12,6 +12,7 @@ with sums over rows and axes, the mean of the batch, and a = 1/32. Rows of W_dec
 x_hat and the norms are of the target.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -19,6 +20,7 @@ from saex_pipe.common.sae.auxk import auxk_loss
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.reconstruction import Reconstruction, fit
+from saex_pipe.common.sae.schedules import k_now
 from saex_pipe.common.sae.sharded import decode_active, dense_codes, rows_active, topk_codes
 from saex_pipe.common.sae.sparse import ActiveCodes
 
@@ -28,6 +30,8 @@ class TopK(Variant):
     """Hyperparameters; the equations are at the head of the file."""
 
     k: int  # active latents per row
+    k_start: int | None = None  # its first value; None: k
+    k_fraction: float = 0.1  # share of the steps over which it changes to k, linearly
     auxiliary_coefficient: float = 1 / 32
     k_auxiliary: int | None = None  # dead latents per row in the auxiliary loss; None: half the target's width
     # The auxiliary loss reads every n-th row. With half of 4,608 latents dead, loss and gradients take five times as
@@ -36,10 +40,13 @@ class TopK(Variant):
     decoder_rows: DecoderRows = "unit"
     reconstruction: Reconstruction = "variance_normalised"
 
-    def active(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> ActiveCodes:
-        """The k active latents of each row and their codes, largest first; on a mesh as ``sharded.ACTIVE`` says."""
+    def active(
+        self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute, k: int | None = None
+    ) -> ActiveCodes:
+        """The k (None: that of a trained SAE) active latents of each row and their codes, largest first; on a mesh as
+        ``sharded.ACTIVE`` says."""
         b_pre_D = params["b_dec_D"] if self.subtracts_decoder_bias else jnp.zeros(x_BD.shape[1], jnp.float32)
-        return topk_codes(x_BD, b_pre_D, params["w_enc_DF"], params["b_enc_F"], self.k, compute)
+        return topk_codes(x_BD, b_pre_D, params["w_enc_DF"], params["b_enc_F"], k or self.k, compute)
 
     def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
         """Codes of the rows: k entries per row may be positive, the others are 0."""
@@ -64,7 +71,7 @@ class TopK(Variant):
         compute: Compute = PLAIN,
     ) -> tuple[Float[Array, ""], LossTerms]:
         """Loss of one batch. ``sparsity_scale`` has nothing to scale here: k fixes the sparsity."""
-        active = self.active(params, x_BD, compute)
+        active = self._active_now(params, x_BD, moment, compute)
         recon_BD = self._decoded(params, x_BD, active, compute)
         fitted = fit(self.reconstruction, target_BD, recon_BD)
         auxiliary = self.auxiliary_coefficient * auxk_loss(
@@ -87,6 +94,16 @@ class TopK(Variant):
             fvu=fitted.fvu,
             active_F=rows_active(active, self.latents, compute),
         )
+
+    def _active_now(self, params: Params, x_BD: Array, moment: Moment, compute: Compute) -> ActiveCodes:
+        """The active latents at the k of the moment; those of higher rank have codes of 0."""
+        if self.k_start is None or self.k_start == self.k:
+            return self.active(params, x_BD, compute)
+        active = self.active(params, x_BD, compute, max(self.k, self.k_start))
+        k = jnp.round(k_now(self.k, self.k_start, self.k_fraction, moment.fraction_done)).astype(jnp.int32)
+        ordered_BK = jnp.sort(jax.lax.stop_gradient(active.values_BK), axis=1, descending=True)  # on a mesh it is not
+        last_B1 = jax.lax.dynamic_slice_in_dim(ordered_BK, k - 1, 1, axis=1)
+        return active._replace(values_BK=jnp.where(active.values_BK >= last_B1, active.values_BK, 0.0))
 
     def default_learning_rate(self) -> float:
         """2e-4 at 2^14 latents, falling with the square root of their number (Gao et al. 2024, section 3)."""

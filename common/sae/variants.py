@@ -5,9 +5,11 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from saex_pipe.common.errors import InputError
+from saex_pipe.common.sae.batchtopk import BatchTopK
 from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.gated import Gated
 from saex_pipe.common.sae.jumprelu import JumpRelu
+from saex_pipe.common.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaJumpRelu
 from saex_pipe.common.sae.p_annealing import PAnnealing
 from saex_pipe.common.sae.penalties import DEFAULT_SCALES
 from saex_pipe.common.sae.relu import Relu
@@ -15,8 +17,11 @@ from saex_pipe.common.sae.topk import TopK
 from saex_pipe.common.sae.wright import Wright
 
 VARIANTS: dict[str, type[Variant]] = {
+    "batchtopk": BatchTopK,
     "gated": Gated,
     "jumprelu": JumpRelu,
+    "matryoshka_batchtopk": MatryoshkaBatchTopK,
+    "matryoshka_jumprelu": MatryoshkaJumpRelu,
     "p_annealing": PAnnealing,
     "relu": Relu,
     "topk": TopK,
@@ -65,9 +70,12 @@ def variant_class(name: str) -> type[Variant]:
 
 
 def _check(given: dict[str, Any], latents: int) -> None:
-    k = given.get("k")
-    if k is not None and not 1 <= k <= latents:
-        raise InputError(f"k = {k} is outside 1 to {latents} (latents)", "lower k or raise latents")
+    for name in ("k", "k_start"):
+        k = given.get(name)
+        if k is not None and not 1 <= k <= latents:
+            raise InputError(f"{name} = {k} is outside 1 to {latents} (latents)", f"lower {name} or raise latents")
+    if not all(1 <= width <= latents for width in given.get("levels", ())):
+        raise InputError(f"levels = {given['levels']} are outside 1 to {latents} (latents)", "give widths within it")
     coefficient = given.get("sparsity_coefficient")
     if coefficient is not None and not coefficient >= 0:
         raise InputError(f"sparsity_coefficient = {coefficient} is below 0", "set it to 0 or more")

@@ -12,13 +12,32 @@ class VariantSettings(StageConfig):
     """The fields of ``common.sae`` variants, by their names there."""
 
     variant: str = setting(
-        "topk", unit="", meaning="kind of autoencoder: topk, jumprelu, relu, gated, wright or p_annealing"
+        "topk",
+        unit="",
+        meaning="kind of autoencoder: topk, batchtopk, matryoshka_batchtopk, matryoshka_jumprelu, jumprelu, relu, gated, "
+        "wright or p_annealing",
     )
     latents: int | None = setting(None, unit="latents", meaning="width of the dictionary", ge=1)
     expansion: float | None = setting(None, unit="latents per input dimension", meaning="or its relative width", gt=0)
-    k: int | None = setting(None, unit="active latents per row", meaning="sparsity of topk (default 32)", ge=1)
+    k: int | None = setting(
+        None, unit="active latents per row", meaning="sparsity of topk and batchtopk (default 32)", ge=1
+    )
+    k_start: int | None = setting(
+        None, unit="active latents per row", meaning="first value of k, which changes linearly; unset: k", ge=1
+    )
+    k_fraction: float | None = setting(
+        None, unit="share of the steps", meaning="over which k changes from k_start (default 0.1)", gt=0, le=1
+    )
+    rank_by_decoder_norm: bool | None = setting(
+        None, unit="", meaning="let batchtopk compare codes times the lengths of their decoder rows"
+    )
+    levels: tuple[int, ...] | None = setting(
+        None,
+        unit="latents",
+        meaning="widths of a Matryoshka SAE's nested dictionaries; unset: 1/32, 3/32, 7/32, 15/32 and all of them",
+    )
     sparsity_coefficient: float | None = setting(
-        None, unit="", meaning="weight of the sparsity penalty; all but topk have one", ge=0
+        None, unit="", meaning="weight of the sparsity penalty; all but topk and batchtopk have one", ge=0
     )
     penalty: Literal["l1", "sqrt_l1", "tanh", "hoyer", "reciprocal", "l0"] | None = setting(
         None, unit="", meaning="sparsity penalty of relu, gated and wright (default l1)"
@@ -58,7 +77,9 @@ class VariantSettings(StageConfig):
         None, unit="", meaning="encode rows minus the decoder's bias (default, but not of relu)"
     )
     dead_remedy: Literal["none", "auxk", "ghost_exp", "ghost_softplus", "sparsity_threshold"] | None = setting(
-        None, unit="", meaning="loss that revives dead latents; topk has auxk, the default of the others is none"
+        None,
+        unit="",
+        meaning="loss that revives dead latents; topk and batchtopk have auxk, the default of the others is none",
     )
     auxiliary_coefficient: float | None = setting(
         None, unit="", meaning="weight of that loss (default 1/32 for auxk, else 1)", ge=0

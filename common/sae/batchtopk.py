@@ -1,0 +1,132 @@
+"""BatchTopK sparse autoencoder: k active latents per row on average, shared out over the rows of a batch.
+
+BatchTopK sparse autoencoders. Bart Bussmann, Patrick Leask, Neel Nanda. 2024. https://arxiv.org/abs/2412.06410
+
+    z     = (x - b_pre) W_enc + b_enc            b_pre = b_dec, except for a transcoder: b_pre = 0
+    f     = the k B largest relu(z) of the B rows of a batch
+    x_hat = f W_dec + b_dec
+    L     = ||x - x_hat||^2 / ||x - mean||^2 + a L_aux                     AuxK: see ``auxk``, a = 1/32
+
+Rows of W_dec have unit length. Where they have not, ``rank_by_decoder_norm`` compares relu(z_i) ||W_dec,i|| instead, as
+SAELens does. Codes of a trained SAE must not depend on what else is in the batch: they are f_i = z_i 1[z_i > theta_i],
+with thresholds that are set once, after training (``calibration``). Until then they are 0.
+
+k may fall: with ``k_start`` it goes linearly from there to k over the first ``k_fraction`` of the steps.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from saex_pipe.common.sae.auxk import auxk_loss
+from saex_pipe.common.sae.batch_select import cut, largest
+from saex_pipe.common.sae.compute import PLAIN, Compute
+from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
+from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs, fit_nested
+from saex_pipe.common.sae.pairs import Pairs, encoded, pays
+from saex_pipe.common.sae.reconstruction import Reconstruction
+from saex_pipe.common.sae.schedules import k_now
+from saex_pipe.common.sae.straight_through import above
+
+
+@variant(swept=("auxiliary_coefficient",))
+class BatchTopK(Variant):
+    """Hyperparameters; the equations are at the head of the file."""
+
+    k: int  # active latents per row, on average
+    k_start: int | None = None  # its first value; None: k
+    k_fraction: float = 0.1  # share of the steps over which it falls to k
+    rank_by_decoder_norm: bool = False
+    auxiliary_coefficient: float = 1 / 32
+    k_auxiliary: int | None = None  # dead latents per row in the auxiliary loss; None: half the target's width
+    auxiliary_stride: int = 1  # the auxiliary loss reads every n-th row
+    decoder_rows: DecoderRows = "unit"
+    reconstruction: Reconstruction = "variance_normalised"
+
+    @property
+    def level_widths(self) -> tuple[int, ...]:
+        """How many latents each nested dictionary has: one that has all."""
+        return (self.latents,)
+
+    def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:
+        """Parameters at step 0."""
+        return {**super().init(key, stats), "threshold_F": jnp.zeros(self.latents, jnp.float32)}
+
+    def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
+        """Codes of the rows, each by itself: those above the thresholds."""
+        return above(self.pre_activations(params, x_BD, compute), params["threshold_F"])
+
+    def loss(
+        self,
+        params: Params,
+        x_BD: Float[Array, "B D_in"],
+        target_BD: Float[Array, "B D_out"],
+        moment: Moment,
+        compute: Compute = PLAIN,
+    ) -> tuple[Float[Array, ""], LossTerms]:
+        """Loss of one batch, with the codes that the batch selects. ``sparsity_scale`` has nothing to scale here."""
+        rows = x_BD.shape[0]
+        count = jnp.round(rows * k_now(self.k, self.k_start, self.k_fraction, moment.fraction_done)).astype(jnp.int32)
+        product = self._by_pairs if pays(compute, self.most, self.latents) else self._dense
+        levels, active_F = product(params, x_BD, count, compute)
+        bias_BD = jnp.broadcast_to(params["b_dec_D"][None], target_BD.shape)
+        bias_BD = self.with_skip(params, x_BD, bias_BD, compute)
+        levels = [recon_BD + bias_BD for recon_BD in levels]
+        fitted = fit_nested(self.reconstruction, target_BD, levels)
+        auxk = partial(auxk_loss, k=self.k_auxiliary, stride=self.auxiliary_stride)
+        auxiliary = auxk(self, params, x_BD, target_BD - levels[-1], moment.dead_F, compute)
+        auxiliary *= self.auxiliary_coefficient
+        total = fitted.loss + auxiliary
+        return total, LossTerms(
+            total=total,
+            reconstruction=fitted.loss,
+            sparsity=jnp.zeros((), jnp.float32),
+            auxiliary=auxiliary,
+            l0=jnp.sum(active_F).astype(jnp.float32) / rows,
+            fvu=fitted.fvu,
+            active_F=active_F,
+        )
+
+    @property
+    def most(self) -> int:
+        """Active latents per row at most, on average."""
+        return max(self.k, self.k_start or self.k)
+
+    def scores(self, params: Params, z_BF: Float[Array, "B F"]) -> Float[Array, "B F"]:
+        """By what the latents of a batch are compared; without gradient."""
+        scores_BF = jax.nn.relu(z_BF)
+        if self.rank_by_decoder_norm:
+            scores_BF = scores_BF * self.decoder_norms(params)[None]
+        return jax.lax.stop_gradient(scores_BF)
+
+    def _dense(
+        self, params: Params, x_BD: Array, count: Int[Array, ""], compute: Compute
+    ) -> tuple[list[Array], Int[Array, " F"]]:
+        """Reconstructions of all levels without bias, and on how many rows each latent was active."""
+        z_BF = self.pre_activations(params, x_BD, compute)
+        scores_BF = self.scores(params, z_BF)
+        codes_BF = jnp.where(scores_BF >= cut(scores_BF, count), z_BF, 0.0)
+        levels = decode_nested(codes_BF, params["w_dec_FD"], self.level_widths, compute.dtype)
+        return levels, jnp.sum(codes_BF > 0, axis=0, dtype=jnp.int32)
+
+    def _by_pairs(
+        self, params: Params, x_BD: Array, count: Int[Array, ""], compute: Compute
+    ) -> tuple[list[Array], Int[Array, " F"]]:
+        """The same by way of the active latents only."""
+        rows = x_BD.shape[0]
+        z_BF = jax.lax.stop_gradient(self.pre_activations(params, x_BD, compute))
+        places_P, taken_P = largest(self.scores(params, z_BF), rows * self.most, count)
+        values_P = jnp.where(taken_P, z_BF.reshape(-1)[places_P], 0.0)
+        pairs = Pairs(values_P, places_P // self.latents, places_P % self.latents)
+        b_pre_D = params["b_dec_D"] if self.subtracts_decoder_bias else jnp.zeros(x_BD.shape[1], jnp.float32)
+        pairs = pairs._replace(values_P=encoded(x_BD, b_pre_D, params["w_enc_DF"], params["b_enc_F"], pairs))
+        levels = decode_nested_pairs(pairs, params["w_dec_FD"], self.level_widths, rows)
+        positive_P = (values_P > 0).astype(jnp.int32)
+        return levels, jnp.zeros(self.latents, jnp.int32).at[pairs.latents_P].add(positive_P)
+
+    def default_learning_rate(self) -> float:
+        """3e-4, that of Bussmann's nested BatchTopK (https://arxiv.org/abs/2503.17547), at every number of latents."""
+        return 3e-4

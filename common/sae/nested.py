@@ -1,0 +1,48 @@
+"""Reconstructions of nested dictionaries, at the cost of the largest.
+
+Level g decodes the first m_g latents. The reconstructions of all levels are running sums over the groups of latents
+between two levels, so that every latent is decoded once:
+
+    x_hat_g = x_hat_{g-1} + f_{m_{g-1} .. m_g} W_dec,{m_{g-1} .. m_g}
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from saex_pipe.common.sae.compute import ComputeDtype
+from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.pairs import Pairs, decoded
+from saex_pipe.common.sae.reconstruction import Fit, Reconstruction, fit
+
+
+def decode_nested(
+    codes_BF: Float[Array, "B F"], w_dec_FD: Float[Array, "F D"], widths: Sequence[int], dtype: ComputeDtype
+) -> list[Float[Array, "B D"]]:
+    """Reconstructions by the first ``width`` latents, without bias, for each of the ascending ``widths``."""
+    levels, start = [], 0
+    for width in widths:
+        group_BD = matmul(codes_BF[:, start:width], w_dec_FD[start:width], dtype)
+        levels.append(levels[-1] + group_BD if levels else group_BD)
+        start = width
+    return levels
+
+
+def decode_nested_pairs(
+    pairs: Pairs, w_dec_FD: Float[Array, "F D"], widths: Sequence[int], rows: int
+) -> list[Float[Array, "B D"]]:
+    """The same of codes given by their pairs; ``rows`` is B."""
+    # A row of the product for each group and batch row.
+    group_P = jnp.sum(pairs.latents_P[None] >= jnp.array(widths, jnp.int32)[:, None], axis=0, dtype=jnp.int32)
+    product = decoded(pairs._replace(rows_P=group_P * rows + pairs.rows_P), w_dec_FD, len(widths) * rows)
+    levels = [product[:rows]]
+    for start in range(rows, len(widths) * rows, rows):
+        levels.append(levels[-1] + product[start : start + rows])
+    return levels
+
+
+def fit_nested(kind: Reconstruction, target_BD: Float[Array, "B D"], levels: Sequence[Float[Array, "B D"]]) -> Fit:
+    """The sum of the losses of all levels, once; the unexplained variance of the last, which is the whole SAE."""
+    fits = [fit(kind, target_BD, recon_BD) for recon_BD in levels]
+    return Fit(sum((each.loss for each in fits[1:]), start=fits[0].loss), fits[-1].fvu)

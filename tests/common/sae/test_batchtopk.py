@@ -1,0 +1,140 @@
+"""What only BatchTopK has: the selection over a batch, the list of active latents, nested levels, a k that falls."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.sae.batch_select import cut, largest
+from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae.contract import Moment, Params, Variant
+from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.pairs import SPARSE_SHARE, Pairs, decoded, pays
+from saex_pipe.common.sae.variants import build
+
+ROWS, WIDTH, LATENTS = 24, 16, 1024  # 64 groups of 16 columns a row: two selections
+
+
+def positive(seed: int, columns: int) -> np.ndarray:
+    return np.maximum(np.random.default_rng(seed).normal(size=(ROWS, columns)), 0).astype(np.float32)
+
+
+@pytest.mark.parametrize("columns", [37, LATENTS])  # one selection, and two
+@pytest.mark.parametrize("case", ["plain", "ties", "few", "one row"])
+def test_the_largest_of_a_batch_are_those_of_a_sort(columns: int, case: str) -> None:
+    values_BF, most, count = positive(0, columns), 70, 60
+    if case == "ties":  # 72 entries share the 60th place and cannot all be taken; three are above them
+        values_BF[:, [0, 7, 20]] = 5.0
+        values_BF[:3, 1] = 6.0
+    if case == "few":
+        values_BF = np.where(np.arange(columns) == 3, values_BF, 0)
+    if case == "one row":
+        values_BF[4] += 100
+    places_P, taken_P = jax.jit(largest, static_argnums=1)(jnp.asarray(values_BF), most, count)
+    chosen = np.asarray(places_P)[np.asarray(taken_P)]
+    assert len(set(chosen)) == len(chosen) == min(count, (values_BF > 0).sum())
+    assert (np.asarray(places_P)[~np.asarray(taken_P)] == 0).all()
+    np.testing.assert_array_equal(np.sort(values_BF.ravel()[chosen]), np.sort(values_BF, axis=None)[-len(chosen) :])
+
+
+def test_a_cut_has_as_many_entries_above_it_as_asked_for() -> None:
+    values_BF = jnp.asarray(positive(1, 40))
+    for count in (1, 2, 100, 400):
+        assert int(jnp.sum(values_BF >= jax.jit(cut)(values_BF, count))) == count
+    assert int(jnp.sum(values_BF >= jax.jit(cut)(values_BF, 960))) == int(jnp.sum(values_BF > 0))  # not one that is 0
+    assert float(cut(jnp.zeros(5), 2)) > 0
+    with pytest.raises(InputError, match="2,147,483,648 codes is too large"):
+        jax.eval_shape(lambda values: cut(values, 1), jax.ShapeDtypeStruct((1 << 16, 1 << 15), jnp.float32))
+
+
+def start(variant: Variant, seed: int = 0) -> Params:
+    rng = np.random.default_rng(seed)
+    params = variant.init(jax.random.key(seed), DataStats(jnp.full(WIDTH, 0.5), jnp.full(WIDTH, 0.5)))
+    return {key: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for key, leaf in params.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("batchtopk", {}), ("batchtopk", {"rank_by_decoder_norm": True}), ("matryoshka_batchtopk", {"levels": (9, 300)})],
+)
+def test_loss_and_gradients_by_pairs_equal_the_dense_ones(
+    name: str, settings: dict[str, Any], toy_rows: Callable[..., jax.Array]
+) -> None:
+    variant = build(name, LATENTS, k=4, decoder_rows="free", **settings)
+    x_BD, at = toy_rows(0, ROWS), Moment.plain(LATENTS)
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), start(variant, 0), start(variant, 1))
+
+    def loss(codes: Any) -> Callable:
+        return jax.value_and_grad(
+            lambda params, x_BD: variant.loss(params, x_BD, x_BD, at, Compute(codes=codes)), has_aux=True
+        )
+
+    by_pairs = jax.jit(jax.vmap(loss("sparse"), in_axes=(0, None)))(stack, x_BD)
+    dense = jax.jit(jax.vmap(loss("dense"), in_axes=(0, None)))(stack, x_BD)
+    (_, terms), gradients = by_pairs
+    assert (np.asarray(terms.active_F).sum(axis=1) == 4 * ROWS).all()
+    np.testing.assert_array_equal(terms.active_F, dense[0][1].active_F)
+    np.testing.assert_allclose(terms.total, dense[0][0], rtol=1e-5)
+    for key, leaf in dense[1].items():
+        limit = 1e-6 * float(jnp.abs(leaf).max())
+        np.testing.assert_allclose(gradients[key], leaf, rtol=1e-4, atol=limit, err_msg=key)
+    assert float(jnp.abs(gradients["b_dec_D"]).max()) > 0
+
+
+def test_products_of_pairs_and_their_gradients_equal_dense_ones() -> None:
+    rng = np.random.default_rng(2)
+    places = rng.permutation(ROWS * 40)[:100].astype(np.int32)
+    values_P = rng.normal(size=100).astype(np.float32) * (np.arange(100) < 90)  # ten are padding
+    w_FD, weight_BD = (rng.normal(size=(n, 5)).astype(np.float32) for n in (40, ROWS))
+    codes_BF = np.zeros((ROWS, 40))
+    codes_BF[places // 40, places % 40] = values_P
+
+    def total(values_P: jax.Array, w_FD: jax.Array) -> jax.Array:
+        pairs = Pairs(values_P, jnp.asarray(places // 40), jnp.asarray(places % 40))
+        return jnp.sum(weight_BD * decoded(pairs, w_FD, ROWS))
+
+    value, (dvalues_P, dw_FD) = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(
+        jnp.asarray(values_P), jnp.asarray(w_FD)
+    )
+    assert float(value) == pytest.approx((weight_BD * (codes_BF @ w_FD)).sum(), rel=1e-5)
+    np.testing.assert_allclose(dw_FD, codes_BF.T @ weight_BD, rtol=1e-5, atol=1e-5)
+    expected_P = (weight_BD.astype(np.float64) @ w_FD.T)[places // 40, places % 40]
+    np.testing.assert_allclose(dvalues_P, expected_P, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_by_decoder_norm_select_what_adds_most(toy_rows: Callable[..., jax.Array]) -> None:
+    x_BD = toy_rows(0, ROWS)
+    variant = build("batchtopk", 48, k=3, rank_by_decoder_norm=True, decoder_rows="free")
+    params = start(variant)
+    params["w_dec_FD"] *= jnp.where(jnp.arange(48) < 10, 100.0, 1.0)[:, None]
+    terms = jax.jit(variant.loss)(params, x_BD, x_BD, Moment.plain(48))[1]
+    z_BF = np.asarray(variant.pre_activations(params, x_BD, Compute()), np.float64)
+    scores_BF = np.maximum(z_BF, 0) * np.linalg.norm(np.asarray(params["w_dec_FD"], np.float64), axis=1)
+    expected_BF = scores_BF >= np.sort(scores_BF, axis=None)[-3 * ROWS]
+    np.testing.assert_array_equal(terms.active_F, expected_BF.sum(axis=0))
+    assert expected_BF[:, :10].sum() > 0.8 * expected_BF.sum()
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("codes", ["sparse", "dense"])
+def test_k_changes_linearly_to_its_last_value(name: str, codes: Any, toy_rows: Callable[..., jax.Array]) -> None:
+    x_BD, compute = toy_rows(0, ROWS), Compute(codes=codes)
+    steady = build(name, 48, k=2)
+    falling = build(name, 48, k=2, k_start=10, k_fraction=0.5)
+    params, at = start(steady), Moment.plain(48)
+    params["b_enc_F"] += 10.0  # all positive
+    loss = jax.jit(lambda done: falling.loss(params, x_BD, x_BD, at._replace(fraction_done=done), compute)[1])
+    assert [float(loss(done).l0) for done in (0.0, 0.25, 0.375, 0.5, 0.9)] == [10, 6, 4, 2, 2]
+    last, expected = loss(0.9), jax.jit(steady.loss, static_argnums=4)(params, x_BD, x_BD, at, compute)[1]
+    assert float(last.total) == pytest.approx(float(expected.total), rel=1e-6)
+    np.testing.assert_array_equal(last.active_F, expected.active_F)
+
+
+def test_pairs_are_taken_where_few_latents_are_active() -> None:
+    few = round(SPARSE_SHARE * LATENTS)
+    assert [pays(Compute(), k, LATENTS) for k in (few, few + 1)] == [True, False]
+    assert [pays(Compute(codes=codes), k, LATENTS) for codes, k in (("sparse", 900), ("dense", 1))] == [True, False]
