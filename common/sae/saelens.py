@@ -9,7 +9,7 @@ An architecture is an activation ("standard" is ReLU, and goes without saying be
 "topk_skip_transcoder", "crosscoder" (with ``tap_widths``, the taps concatenated in every array). Only TopK and gated
 transcoders between equal widths are SAELens' "topk" and "gated" without ``apply_b_dec_to_input``, which compute the
 same. p-annealing is a ReLU once it is trained, and so is Wright's variant with its scales folded into the encoder: both
-are "standard" there and come back as ReLU.
+are "standard" there and come back as ReLU. BatchTopK and the Matryoshka variants are JumpReLU once they are trained.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saex_pipe.common.errors import InputError
+from saex_pipe.common.sae.batchtopk import BatchTopK
 from saex_pipe.common.sae.contract import Params, Variant
 from saex_pipe.common.sae.gated import Gated
 from saex_pipe.common.sae.jumprelu import JumpRelu
@@ -106,7 +107,7 @@ def _activation(variant: Variant) -> tuple[str, dict[str, Any]]:
     match variant:
         case TopK():
             return "topk", {"k": variant.k, "rescale_acts_by_decoder_norm": False}
-        case JumpRelu():
+        case JumpRelu() | BatchTopK():
             return "jumprelu", {}
         case Gated():
             return "gated", {}

@@ -5,9 +5,9 @@ from typing import Any
 from saex_pipe.common.formats.checkpoint import SavedSae
 from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.folding import fold
-from saex_pipe.common.sae.rounding import in_float32
 from saex_pipe.common.sae.saelens import hook_name, to_saelens
 from saex_pipe.common.sae.train_step import TrainState
+from saex_pipe.stages.train.calibration import trained_params
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
 from saex_pipe.stages.train.rows import Rows, Sides
@@ -27,7 +27,8 @@ def exported(
         metadata["hook_name"] = hook_name(sides.input[0])
     if sides.input != sides.target:
         metadata["hook_name_out"] = hook_name(sides.target[0])
-    folded = fold(variant, in_float32(state.averages or state.params), state.normalisers)
+    trained = trained_params(config, store, variant, state, sides, devices)
+    folded = fold(variant, trained, state.normalisers)
     params: dict[str, Any] = {name: devices.on_host(leaf) for name, leaf in folded.items()}
     cfg, tensors = to_saelens(variant, params, metadata, row_norm=state.normalisers.input.per_row)
     saex = taps | {

@@ -14,8 +14,8 @@ class VariantSettings(StageConfig):
     variant: str = setting(
         "topk",
         unit="",
-        meaning="kind of autoencoder: topk, batchtopk, matryoshka_batchtopk, matryoshka_jumprelu, jumprelu, relu, gated, "
-        "wright or p_annealing",
+        meaning="kind of autoencoder: topk, batchtopk, matryoshka_batchtopk, matryoshka_jumprelu, jumprelu, relu, "
+        "gated, wright or p_annealing",
     )
     latents: int | None = setting(None, unit="latents", meaning="width of the dictionary", ge=1)
     expansion: float | None = setting(None, unit="latents per input dimension", meaning="or its relative width", gt=0)

@@ -16,6 +16,7 @@ from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.folding import fold
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.jumprelu import JumpRelu
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.relu import Relu
 from saex_pipe.common.sae.saelens import from_saelens, hook_name, to_saelens
@@ -36,7 +37,10 @@ SAELENS_CLASSES = {
     "jumprelu_skip_transcoder": "JumpReLUSkipTranscoder",
 }
 PENALISED = {"sparsity_coefficient": 1.0}
-COME_BACK_AS_RELU = {"wright", "wright transcoder", "p-annealing"}
+COME_BACK_AS = {
+    **dict.fromkeys(("wright", "wright transcoder", "p-annealing"), Relu),
+    **dict.fromkeys(("batchtopk", "batchtopk transcoder", "matryoshka", "matryoshka jumprelu"), JumpRelu),
+}
 CASES: dict[str, tuple[Variant, int, str]] = {
     "topk": (build("topk", LATENTS, k=5), WIDTH, "topk"),
     "relu": (build("relu", LATENTS, sparsity_coefficient=1.0), WIDTH, "standard"),
@@ -45,6 +49,10 @@ CASES: dict[str, tuple[Variant, int, str]] = {
     "jumprelu": (build("jumprelu", LATENTS, **JUMPS), WIDTH, "jumprelu"),
     "jumprelu with b_dec in its input": (build("jumprelu", LATENTS, **JUMPS, jumprelu_form="l0"), WIDTH, "jumprelu"),
     "jumprelu transcoder": (build("jumprelu", LATENTS, **JUMPS, transcoder=True), 10, "jumprelu_transcoder"),
+    "batchtopk": (build("batchtopk", LATENTS, k=5), WIDTH, "jumprelu"),
+    "batchtopk transcoder": (build("batchtopk", LATENTS, k=5, transcoder=True), 10, "jumprelu_transcoder"),
+    "matryoshka": (build("matryoshka_batchtopk", LATENTS, k=5), WIDTH, "jumprelu"),
+    "matryoshka jumprelu": (build("matryoshka_jumprelu", LATENTS, **JUMPS), WIDTH, "jumprelu"),
     "relu transcoder": (build("relu", LATENTS, sparsity_coefficient=1.0, transcoder=True), 10, "transcoder"),
     "relu of unit decoder rows": (build("relu", LATENTS, **PENALISED, decoder_rows="unit"), WIDTH, "standard"),
     "wright": (build("wright", LATENTS, **PENALISED), WIDTH, "standard"),
@@ -98,7 +106,7 @@ def test_round_trip(case: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "sae_weights.safetensors")
     cfg = json.loads(json.dumps(cfg))
     again = Sae(*from_saelens(cfg, load_file(tmp_path / "sae_weights.safetensors")))
-    assert type(again.variant) is (Relu if case in COME_BACK_AS_RELU else type(sae.variant))
+    assert type(again.variant) is COME_BACK_AS.get(case, type(sae.variant))
     for name in ("transcoder", "skip", "tap_widths"):
         assert getattr(again.variant, name) == getattr(sae.variant, name), name
     np.testing.assert_array_equal(again.variant.decoder_norms(again.params), sae.variant.decoder_norms(sae.params))
