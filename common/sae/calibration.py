@@ -21,11 +21,16 @@ from jaxtyping import Array, Float
 
 from saex_pipe.common.sae.batch_select import largest
 from saex_pipe.common.sae.batchtopk import BatchTopK
-from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import Params
 
 
-def calibrated(variant: BatchTopK, params: Params, batches: Callable[[], Iterable[Float[Array, "B D_in"]]]) -> Params:
+def calibrated(
+    variant: BatchTopK,
+    params: Params,
+    batches: Callable[[], Iterable[Float[Array, "B D_in"]]],
+    compute: Compute = PLAIN,
+) -> Params:
     """``params`` with the ``threshold_F`` at which the mean L0 over the batches is that of selecting in each of them.
 
     Args:
