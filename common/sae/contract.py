@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.initial import DataStats, Initial, initial_params
 from saex_pipe.common.sae.matmul import matmul
@@ -77,9 +78,28 @@ class Variant(ABC):
         return {}
 
     def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:
-        """Parameters at step 0. A decoder whose rows are constrained starts at the limit."""
+        """Parameters at step 0. A decoder whose rows are constrained starts at the limit.
+
+        Raises:
+            InputError: ``initial`` has a decoder of zeros whose rows are to have unit length, or does not fit the data.
+        """
+        if self.decoder_rows == "unit" and self.initial.decoder == "zero":
+            raise InputError("a decoder of zeros cannot have rows of unit length", "set decoder_rows to free")
         initial = self.initial if self.decoder_rows == "free" else replace(self.initial, decoder_norm=1.0)
-        return initial_params(initial, key, self.latents, stats, centred=self.subtracts_decoder_bias, skip=self.skip)
+        return initial_params(
+            initial,
+            key,
+            self.latents,
+            stats,
+            centred=self.subtracts_decoder_bias,
+            skip=self.skip,
+            firing_level=self.firing_level,
+        )
+
+    @property
+    def firing_level(self) -> float:
+        """What a latent's pre-activation must be above at the start for it to fire."""
+        return 0.0
 
     @abstractmethod
     def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:

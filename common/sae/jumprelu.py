@@ -108,6 +108,11 @@ class JumpRelu(Variant):
             "threshold_F": jnp.full(self.latents, self.threshold_start, jnp.float32),
         }
 
+    @property
+    def firing_level(self) -> float:
+        """The threshold at the start."""
+        return self.threshold_start
+
     def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
         """Codes of the rows."""
         return above(self.pre_activations(params, x_BD, compute), params["threshold_F"])

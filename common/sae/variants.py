@@ -1,7 +1,7 @@
 """The table of SAE variants and the one way to build one from settings."""
 
 import difflib
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from saex_pipe.common.errors import InputError
@@ -27,6 +27,7 @@ VARIANTS: dict[str, type[Variant]] = {
     "topk": TopK,
     "wright": Wright,
 }
+_START = "initial_"
 # What to say of a setting that a variant needs.
 _REMEDIES = {"k": "set k, the active latents per row, 1 to {latents}", "sparsity_coefficient": "set it, for instance 5"}
 
@@ -47,6 +48,7 @@ def build(variant_name: str, latents: int, **settings: Any) -> Variant:
         raise InputError(f"latents = {latents} is below 1", "set latents (or expansion) to at least 1")
     known = {field.name: field for field in fields(cls)}
     given = {name: value for name, value in settings.items() if value is not None}
+    start = {name: given.pop(name) for name in list(given) if name.startswith(_START)}
     for name, value in given.items():
         if name not in known:
             raise InputError(
@@ -57,6 +59,9 @@ def build(variant_name: str, latents: int, **settings: Any) -> Variant:
             remedy = _REMEDIES.get(name, f"set {name}").format(latents=latents)
             raise InputError(f"{variant_name} needs {name}", remedy)
     _check(given, latents)
+    if start:
+        plain: Any = known["initial"].default
+        given["initial"] = replace(plain, **{name.removeprefix(_START): value for name, value in start.items()})
     return cls(latents=latents, **{**cls.defaults(given), **given})
 
 

@@ -41,9 +41,11 @@ class Devices:
         check_batch(config.batch_rows // config.micro_batches, mesh, "train.batch_rows / train.micro_batches")
         return Devices(None if on is None and mesh.size == 1 else mesh, latents, config.batch_rows)
 
-    def made(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns; every device makes its own part."""
-        return jax.jit(make)() if self.mesh is None else born_sharded(make, self.latents, self.mesh)
+    def made(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``make`` makes of ``arguments``; every device makes its own part."""
+        return (
+            jax.jit(make)(*arguments) if self.mesh is None else born_sharded(make, self.latents, self.mesh, *arguments)
+        )
 
     def compiled(self, function: Callable[..., Any], like: Any, **options: Any) -> Any:
         """``function`` compiled, with results that lie as trees of the shapes ``like`` do."""

@@ -23,7 +23,8 @@ from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
 from saex_pipe.stages.train.resampling import make_resampling
 from saex_pipe.stages.train.rows import Reader, Rows, Sides, joined
-from saex_pipe.stages.train.units import units_of
+from saex_pipe.stages.train.start_settings import StartSettings
+from saex_pipe.stages.train.units import Units, units_of
 from saex_pipe.stages.train.variant_settings import VariantSettings
 
 _DEFAULT_K = 32
@@ -53,7 +54,8 @@ class Learner:
             for config, variant in zip(configs, self.variants, strict=True)
         ]
         self.total_steps = math.ceil(shared.rows / shared.batch_rows)
-        self._normalisers, self._stats = units_of(shared, store, sides, with_rows=False, resumed=resumed)
+        with_rows = any(variant.initial.needs_rows for variant in self.variants)
+        self._units = jax.device_get(units_of(shared, store, sides, with_rows=with_rows, resumed=resumed))
         self._optimiser = optimiser_of(shared).build(self.total_steps)
         self.devices = Devices.of(shared, self.variants[0].latents, devices)
         settings = step_settings(shared, self.total_steps, self.devices.mesh)
@@ -63,7 +65,7 @@ class Learner:
         else:
             step = jax.vmap(step, in_axes=(0, 0, 0, None, None))
             self._variant, self._rate = jax.device_get(stacked(self.variants)), np.asarray(rates, np.float32)
-        self._one = jax.eval_shape(partial(self._initial, 0))
+        self._one = jax.eval_shape(partial(self._initial, 0), self._units)
         self._like = self._one if len(configs) == 1 else jax.eval_shape(stacked, [self._one] * len(configs))
         self._step = self.devices.compiled(step, self._like, donate_argnums=2)
         self._member = self.devices.compiled(_member, self._one)
@@ -75,16 +77,17 @@ class Learner:
 
     def initial_state(self, member: int) -> tuple[TrainState, StepTerms]:
         """State and terms of one SAE before the first step."""
-        return self.devices.made(partial(self._initial, member))
+        return self.devices.made(partial(self._initial, member), self._units)
 
     def abstract_state(self) -> Any:
         """Shapes and places of what ``initial_state`` gives."""
         return self.devices.described(self._one)
 
-    def _initial(self, member: int) -> tuple[TrainState, StepTerms]:
-        params = self.variants[member].init(jax.random.key(self.configs[member].seed), self._stats)
+    def _initial(self, member: int, units: Units) -> tuple[TrainState, StepTerms]:
+        variant = self.variants[member]
+        params = variant.constrain(variant.init(jax.random.key(self.configs[member].seed), units.stats))
         # Copies, since the state is donated and input and target may share one normaliser.
-        normalisers = jax.tree.map(jnp.copy, self._normalisers)
+        normalisers = jax.tree.map(jnp.copy, units.normalisers)
         zeros = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))
         config = self.configs[member]
         averaged = config.average_decay is not None
@@ -109,7 +112,7 @@ class Learner:
     def lower_step(self, dtypes: tuple[Any, Any]) -> jax.stages.Lowered:
         """The step for rows of these dtypes, input and target, from shapes alone."""
         state = self.devices.described(self._like[0])
-        means = self._stats.input_mean_D, self._stats.target_mean_D
+        means = self._units.stats.input_mean_D, self._units.stats.target_mean_D
         rows = (self.devices.abstract_rows(mean_D.shape[0], dtype) for mean_D, dtype in zip(means, dtypes, strict=True))
         return self._step.lower(self._variant, self._rate, state, *rows)
 
@@ -172,6 +175,7 @@ def variant_of(config: Config, width: int, kind: dict[str, Any]) -> Variant:
 
 def _variant_settings(config: Config) -> dict[str, Any]:
     names = VariantSettings.model_fields.keys() - _NOT_OF_A_VARIANT
+    names |= {name for name in StartSettings.model_fields if name.startswith("initial_")}
     settings: dict[str, Any] = {name: getattr(config, name) for name in sorted(names)}
     if settings["k"] is None and "k" in variant_class(config.variant).__dataclass_fields__:
         settings["k"] = _DEFAULT_K

@@ -22,5 +22,34 @@ class StartSettings(StageConfig):
     )
     ema_decay: float = setting(0.999, unit="per step", meaning="of the mean square that ema follows", gt=0, lt=1)
     sample_rows: int = setting(
-        32_768, unit="rows", meaning="first rows of training, from which whitening is computed where it is wanted", ge=2
+        32_768,
+        unit="rows",
+        meaning="first rows of training, for what statistics of the store do not give: whitening, geometric median, "
+        "firing shares",
+        ge=2,
+    )
+    initial_encoder: Literal["decoder_transpose", "kaiming", "orthogonal"] | None = setting(
+        None, unit="", meaning="encoder at the start (default decoder_transpose)"
+    )
+    initial_decoder: Literal["unit", "kaiming", "orthogonal", "pseudo_inverse", "zero"] | None = setting(
+        None, unit="", meaning="decoder at the start: random rows (default unit), the encoder's inverse, or 0"
+    )
+    initial_decoder_norm: float | None = setting(
+        None,
+        unit="",
+        meaning="length of the decoder's rows at the start, where they are free (default 1; relu 0.1)",
+        gt=0,
+    )
+    initial_decoder_bias: Literal["zero", "mean", "geometric_median"] | None = setting(
+        None, unit="", meaning="decoder bias at the start (default mean)"
+    )
+    initial_encoder_bias: Literal["zero", "centred", "firing_share"] | None = setting(
+        None, unit="", meaning="encoder bias at the start: pre-activations of mean 0 (default), or as often above it"
+    )
+    initial_firing_share: float | None = setting(
+        None,
+        unit="share of rows",
+        meaning="on which every latent fires at the start, with firing_share; unset: 10,000 / latents, at most 0.1",
+        gt=0,
+        lt=1,
     )

@@ -45,7 +45,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         batches = Batches(config, corpus)
         model = load_model(resources.fetch(config.model), dtype=config.compute_dtype)
         model.architecture.check_largest_id(corpus.info.tokenizer["largest_id"])
-        variant, params = from_saelens(saved.cfg, saved.tensors)
+        variant, params = _imported(config, saved)
         variant = _with_penalty(variant, config, saved)
         reader = Reader(model, saved, batches)
         _check_widths(reader.splice, saved, model)
@@ -79,6 +79,14 @@ def run(config: Config, *, force: bool = False) -> Manifest:
             contents={"variant": type(variant).__name__, "latents": variant.latents, "last_step": values},
             totals={"steps": batches.steps, "tokens": batches.steps * batches.tokens, "bytes": size},
         )
+
+
+def _imported(config: Config, saved: SavedSae) -> tuple[Variant, Params]:
+    variant, params, row_norm = from_saelens(saved.cfg, saved.tensors)
+    if row_norm or variant.tap_widths:
+        what = "normalises every row by itself" if row_norm else "is a crosscoder"
+        raise InputError(f"{config.sae} {what}, which tune does not do", "tune an SAE of one tap without layer_norm")
+    return variant, params
 
 
 class Batches:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import SAE_FILES, read_sae
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.sae.geometric_median import geometric_median
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.saelens import from_saelens
 from saex_pipe.stages.toy import run as toy
@@ -149,3 +151,18 @@ def test_divergence_stops_the_run_with_the_step(store, tmp_path):
         SaexError, match=r"the loss is (nan|inf) at step \d+: training has diverged; there is no checkpoint yet"
     ):
         run(store, tmp_path, variant="relu", k=None, sparsity_coefficient=0.1, learning_rate=1e30)
+
+
+def test_the_decoder_bias_starts_at_the_geometric_median_of_normalised_rows(store, tmp_path):
+    settings = {"initial_decoder_bias": "geometric_median", "initial_encoder_bias": "firing_share"}
+    run(store, tmp_path, rows=128, learning_rate=1e-9, sample_rows=6000, **settings)
+    tensors = read_sae(str(tmp_path)).tensors
+    source = ActivationStore(store, ("toy",))
+    rows_BD = source.acts("toy", range(source.info.train_windows)).reshape(-1, 12)[:, :]
+    rows_BD = rows_BD[source.keep(range(source.info.train_windows)).reshape(-1)].astype(np.float32)
+    expected_D = np.asarray(geometric_median(jnp.asarray(rows_BD)))
+    spread = np.linalg.norm(rows_BD - rows_BD.mean(0), axis=1).mean()
+    np.testing.assert_allclose(tensors["b_dec"], expected_D, atol=0.02 * spread)
+    assert np.linalg.norm(rows_BD.mean(0) - expected_D) > 0.05 * spread, "the mean would do as well"
+    z_BF = (rows_BD - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
+    np.testing.assert_allclose((z_BF > 0).mean(axis=0), 0.1, atol=0.02)
