@@ -12,7 +12,15 @@ from saex_pipe.stages.train import run as train
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.learner import Learner
 
-SETTINGS = {"latents": 32, "k": 2, "batch_rows": 64, "rows": 64 * 8, "compute_dtype": "float32"}
+SETTINGS = {
+    "variant": "relu",
+    "sparsity_coefficient": 0.1,
+    "latents": 32,
+    "average_decay": 0.9,
+    "batch_rows": 64,
+    "rows": 64 * 8,
+    "compute_dtype": "float32",
+}
 
 
 @pytest.fixture(scope="module")
