@@ -37,6 +37,7 @@ DOORS = (
     Door(("jinja2",), r"common/llm/chat_template\.py", "common/llm/chat_template.py"),
     Door(("tensorstore", "zarr"), r"common/formats/.*", "common/formats"),
     Door(("apache_beam",), r".*/beam\.py", "files named beam.py"),
+    Door(("qwix",), r"common/sae/int8\.py", "common/sae/int8.py"),
     Door(("typer",), r"pipelines/.*", "pipelines"),
     Door(PLOTTING, r".*/report\.py", "files named report.py"),
     Door(("tensorboardX", "wandb"), r"common/metrics_sinks\.py", "common/metrics_sinks.py"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from saex_pipe.common.sae.compute import ComputeDtype
+from saex_pipe.common.sae.int8 import int8_product
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int], compute_dtype: ComputeDtype) -> Array:
@@ -22,9 +23,14 @@ def matmul(
 ) -> Float[Array, "M P"]:
     """``a_MN @ b_NP`` in float32, reading both as ``compute_dtype``.
 
+    The gradients of an int8 product are those of the product that it stands for (straight through the rounding), read
+    as bfloat16: gradients spread too widely for 127 levels.
+
     The gradient is spelled out because autodiff would multiply the float32 cotangent with the bfloat16
     operand, which no backend does at bfloat16 speed.
     """
+    if compute_dtype == "int8":
+        return int8_product(a_MN, b_NP)
     return _product(a_MN, b_NP, (1, 0), compute_dtype)
 
 
@@ -34,7 +40,8 @@ def _forward(a_MN: Array, b_NP: Array, compute_dtype: ComputeDtype) -> tuple[Arr
 
 def _backward(compute_dtype: ComputeDtype, saved: tuple[Array, Array], out_MP: Array) -> tuple[Array, Array]:
     a_MN, b_NP = saved
-    return _product(out_MP, b_NP, (1, 1), compute_dtype), _product(a_MN, out_MP, (0, 0), compute_dtype)
+    dtype: ComputeDtype = "bfloat16" if compute_dtype == "int8" else compute_dtype
+    return _product(out_MP, b_NP, (1, 1), dtype), _product(a_MN, out_MP, (0, 0), dtype)
 
 
 matmul.defvjp(_forward, _backward)

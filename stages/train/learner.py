@@ -15,6 +15,7 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.flops import step_flops
+from saex_pipe.common.sae.int8 import require_qwix
 from saex_pipe.common.sae.optimiser import Optimiser
 from saex_pipe.common.sae.schedules import RateSchedule, penalty_factor
 from saex_pipe.common.sae.train_step import StepSettings, StepTerms, TrainState, init_state, make_step
@@ -208,6 +209,8 @@ def step_settings(config: Config, total_steps: int, mesh: Mesh | None) -> StepSe
             f"train.batch_rows = {config.batch_rows} does not divide into train.micro_batches = {config.micro_batches}",
             "set micro_batches to a divisor of batch_rows",
         )
+    if config.compute_dtype == "int8":
+        require_qwix()
     return StepSettings(
         total_steps=total_steps,
         dead_after_rows=config.dead_after_rows,

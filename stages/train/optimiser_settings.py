@@ -57,8 +57,10 @@ class OptimiserSettings(StageConfig):
         ge=0,
         lt=1,
     )
-    compute_dtype: Literal["float32", "bfloat16"] = setting(
-        "bfloat16", unit="", meaning="type of matmul inputs; sums, weights and statistics are float32"
+    compute_dtype: Literal["float32", "bfloat16", "int8"] = setting(
+        "bfloat16",
+        unit="",
+        meaning="type of matmul inputs (int8: with bfloat16 gradients); sums, weights and statistics are float32",
     )
     weight_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",

@@ -1,5 +1,6 @@
 """Optimiser, precision, averages and resampling as settings of a run: resumed to the bit, and what is saved."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.row_reader import RowReader
 from saex_pipe.stages.toy import run as toy
 from saex_pipe.stages.toy.config import Config as ToyConfig
+from saex_pipe.stages.train import devices
 from saex_pipe.stages.train import run as train
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.learner import Learner, optimiser_of, step_settings
@@ -31,6 +33,12 @@ def store(tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """In place of the eight that the tests have."""
+    monkeypatch.setattr(devices, "available", lambda: jax.devices()[:1])
+
+
 def config(store, out, **changes):
     return Config.create({"store": store, "out": str(out), "learning_rate": 1e-3} | SETTINGS | changes)
 
@@ -48,7 +56,7 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.parametrize("changes", [COMPACT, ORTHOGONAL], ids=["compact, resampled", "orthogonal"])
-def test_a_killed_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch, changes):
+def test_a_killed_run_resumes_to_the_same_bits(one_device, store, tmp_path, monkeypatch, changes):
     run(store, tmp_path / "whole", **changes)
     undisturbed = RowReader.batch
 
@@ -86,7 +94,7 @@ def test_resampling_comes_when_it_is_due(store, tmp_path, monkeypatch):
     assert [after for _, after in dead.values()] == [0, 0]
 
 
-def test_the_averages_are_saved_where_they_are_kept(store, tmp_path):
+def test_the_averages_are_saved_where_they_are_kept(one_device, store, tmp_path):
     """Means of decoder rows of length 1 are shorter; with a decay of 0 they are the last rows."""
     found = {}
     for decay in (0.0, 0.9):
@@ -126,3 +134,9 @@ def test_bad_settings_leave_nothing_behind(store, tmp_path, changes, message):
         run(store, tmp_path / "sae", **changes)
     assert message in str(caught.value)
     assert not (tmp_path / "sae").exists()
+
+
+def test_int8_without_its_extra_says_what_to_install(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'saex-pipe\[int8\]'"):
+        step_settings(config(store, tmp_path, compute_dtype="int8"), 10, None)
