@@ -13,8 +13,12 @@ WIDTH, LATENTS, K = 16, 64, 5
 
 
 def sae(name: str) -> Sae:
-    variant = build("topk", LATENTS, k=K) if name == "topk" else build("relu", LATENTS, sparsity_coefficient=1.0)
-    return Sae(variant, variant.init(jax.random.key(0), DataStats(jnp.zeros(WIDTH), jnp.zeros(WIDTH))))
+    settings = {"sparsity_coefficient": 1.0} if name in ("relu", "jumprelu") else {"k": K}
+    variant = build(name, LATENTS, **settings)
+    params = variant.init(jax.random.key(0), DataStats(jnp.zeros(WIDTH), jnp.zeros(WIDTH)))
+    if "threshold_F" in params:  # rows differ in how many codes are above it
+        params["threshold_F"] = jnp.full(LATENTS, 1.0)
+    return Sae(variant, params)
 
 
 def acts_NLD() -> jax.Array:
@@ -34,7 +38,9 @@ def test_leading_axes_pass_through(name: str) -> None:
     assert half.dtype == jnp.float32
 
 
-@pytest.mark.parametrize(("name", "limit"), [("topk", None), ("topk", 3), ("relu", None), ("relu", 3)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("topk", None), ("topk", 3), ("relu", None), ("relu", 3), ("batchtopk", None), ("jumprelu", 3)]
+)
 def test_sparse_codes_are_the_largest_of_the_dense_ones(name: str, limit: int | None) -> None:
     it = sae(name)
     x_BD = acts_NLD().reshape(-1, WIDTH)

@@ -31,6 +31,13 @@ def test_build() -> None:
         ({"variant_name": "topk", "k": 65}, "k = 65 is outside 1 to 64"),
         ({"variant_name": "topk", "k": 8, "sparsity_coefficient": 5.0}, "topk takes no sparsity_coefficient"),
         ({"variant_name": "topk", "k": 8, "auxiliary_stride": 0}, "auxiliary_stride = 0 is below 1"),
+        ({"variant_name": "batchtopk"}, "batchtopk needs k"),
+        ({"variant_name": "batchtopk", "k": 8, "k_start": 65}, "k_start = 65 is outside 1 to 64"),
+        ({"variant_name": "matryoshka_batchtopk", "k": 8, "levels": (8, 65)}, "levels = (8, 65) are outside 1 to 64"),
+        (
+            {"variant_name": "jumprelu", "sparsity_coefficient": 1.0, "target_l0": 70.0},
+            "target_l0 = 70.0 is outside 0 to 64",
+        ),
         ({"variant_name": "relu", "k": 8}, "relu takes no k"),
         ({"variant_name": "p_annealing", "sparsity_coefficient": 1.0, "penalty": "tanh"}, "takes no penalty"),
         ({"variant_name": "p_annealing", "sparsity_coefficient": 1.0, "p_end": 0.0}, "p_end = 0.0 is outside 0"),
