@@ -74,7 +74,9 @@ class Crew:
                 if not (math.isfinite(terms["total"]) and math.isfinite(terms["gradient_norm"])):
                     self.diverged[member] = _divergence(member, terms, done)
                     continue
-                self._latest.append((member, {"step": done, "loss": terms.pop("total"), **terms}))
+                rate = learner.learning_rate(number, step)
+                terms = {"step": done, "loss": terms.pop("total"), **terms, "learning_rate": rate}
+                self._latest.append((member, terms))
                 if is_moment(done, self._looked, learner.total_steps):
                     self._log(member, step=done, firing_frequency_log10=density(learner.frequencies(number)))
         if not self._latest:

@@ -57,7 +57,9 @@ class Learner:
         self.total_steps = math.ceil(shared.rows / shared.batch_rows)
         with_rows = any(variant.initial.needs_rows for variant in self.variants)
         self._units = jax.device_get(units_of(shared, store, sides, with_rows=with_rows, resumed=resumed))
-        self._optimiser = optimiser_of(shared).build(self.total_steps)
+        optimiser = optimiser_of(shared)
+        self._optimiser = optimiser.build(self.total_steps)
+        self._rate_factor = jax.jit(partial(optimiser.schedule.factor, self.total_steps))
         self.devices = Devices.of(shared, self.variants[0].latents, devices)
         settings = step_settings(shared, self.total_steps, self.devices.mesh)
         step = make_step(self._optimiser, settings)
@@ -137,6 +139,10 @@ class Learner:
             {name: float(np.reshape(value, -1)[member]) for name, value in values.items()}
             for member in range(len(self.configs))
         ]
+
+    def learning_rate(self, member: int, step: int) -> float:
+        """Of one SAE in step ``step``, of which 0 is the first."""
+        return float(np.reshape(self._rate, -1)[member] * self._rate_factor(np.int32(step)))
 
     def frequencies(self, member: int) -> np.ndarray:
         """Share of the recent rows on which each latent of one SAE fired, float32."""

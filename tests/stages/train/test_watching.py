@@ -63,6 +63,13 @@ def test_every_event_of_the_curve_says_how_well_the_device_is_used(trained, name
     assert all(0 < event["mfu"] < 1 and 0 <= event["waiting_share"] <= 1 for event in curve[1:])
 
 
+def test_the_learning_rate_of_each_step_is_logged(trained):
+    rates = {event["step"]: event["learning_rate"] for event in events(trained / "a") if "loss" in event}
+    peak = 2e-4 / (LATENTS / 2**14) ** 0.5
+    # Constant after 3 steps of warm-up, and down to 0 over the last 12 of 60: in the last one a twelfth is left.
+    assert rates == pytest.approx(dict.fromkeys((10, 20, 30, 40), peak) | {50: peak * 11 / 12, 60: peak / 12})
+
+
 def test_tensorboard_has_the_curve_of_the_sae_that_asked_for_it(trained):
     assert not (trained / "a" / "tensorboard").exists()
     (file,) = (trained / "b" / "tensorboard").iterdir()
