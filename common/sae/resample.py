@@ -19,6 +19,7 @@ Weighted random sampling with a reservoir. Pavlos S. Efraimidis, Paul G. Spiraki
 https://doi.org/10.1016/j.ipl.2005.11.003
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import Params, Variant, latent_axis
-from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.rounding import in_float32
 from saex_pipe.common.sae.train_step import TrainState
 
@@ -97,7 +98,8 @@ def revive(variant: Variant, state: TrainState, drawn: Drawn, key: PRNGKeyArray,
     revived_F = dead_F & jnp.isfinite(drawn.rank_F[place_F])
     params = in_float32(state.params)
     rows = drawn._replace(x_FD=drawn.x_FD[place_F], target_FD=drawn.target_FD[place_F])
-    start = variant.init(key, drawn.means) | _started(variant, params, ~dead_F, rows)
+    plain = replace(variant, initial=Initial())  # matrices and biases start as ``_started`` says
+    start = plain.init(key, drawn.means) | _started(variant, params, ~dead_F, rows)
     merged = {name: _chosen(name, revived_F, start[name], leaf) for name, leaf in params.items()}
     return state._replace(
         params={name: leaf.astype(state.params[name].dtype) for name, leaf in merged.items()},

@@ -10,7 +10,7 @@ import pytest
 
 from saex_pipe.common.sae.compute import PLAIN
 from saex_pipe.common.sae.contract import Variant, latent_axis
-from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import Optimiser, OptimiserName
 from saex_pipe.common.sae.relu import Relu
@@ -20,7 +20,10 @@ from saex_pipe.common.sae.train_step import TrainState, init_state
 
 WIDTH, LATENTS, DEAD_AFTER = 16, 24, 100
 DEAD = [3, 4, 11]
-VARIANTS = [Relu(latents=LATENTS, sparsity_coefficient=1.0), TopK(latents=LATENTS, k=4)]
+VARIANTS = [
+    Relu(latents=LATENTS, sparsity_coefficient=1.0, initial=Initial(encoder_bias="firing_share")),
+    TopK(latents=LATENTS, k=4),
+]
 both_centres = pytest.mark.parametrize("variant", VARIANTS, ids=["centre of the data", "decoder bias"])
 
 
@@ -30,7 +33,7 @@ def start(
     """A state in which three latents are dead."""
     normaliser = Normaliser(jnp.full(WIDTH, scale))
     stats = DataStats(scale * x_BD.mean(axis=0), scale * x_BD.mean(axis=0))
-    params = variant.init(jax.random.key(0), stats)
+    params = variant.init(jax.random.key(0), stats._replace(input_rows_ND=scale * x_BD, target_rows_ND=scale * x_BD))
     dead_F = jnp.isin(jnp.arange(LATENTS), jnp.array(DEAD))
     params["b_enc_F"] = jnp.where(dead_F, -100.0, params["b_enc_F"])
     params["w_enc_DF"] = jnp.where(dead_F[None], 7.0, 1.0) * params["w_enc_DF"]
