@@ -10,7 +10,7 @@ import json
 import logging
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,20 +54,29 @@ def write_sae(folder: Folder, sae: SavedSae) -> None:
 
 def read_sae(uri: str) -> SavedSae:
     """Read an SAE written by ``write_sae``."""
+    return _read(uri, SAE_FILES, "give the folder that 'saex-pipe train' wrote")
+
+
+def read_any_sae(path: Path) -> SavedSae:
+    """Read an SAE that SAELens or ``write_sae`` wrote to a local folder; its ``saex`` is empty."""
+    return _read(str(path), SAE_FILES[:2], "give a folder in the layout of SAELens")
+
+
+def _read(uri: str, names: Sequence[str], remedy: str) -> SavedSae:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     folder = Folder(uri)
-    found = [folder.read(name) for name in SAE_FILES]
-    parts = []
-    for name, data in zip(SAE_FILES, found, strict=True):
+    parts = [b"", b"", b"{}"]
+    for place, name in enumerate(names):
+        data = folder.read(name)
         if data is None:
-            raise InputError(f"{uri} has no {name}", "give the folder that 'saex-pipe train' wrote")
-        parts.append(data)
+            raise InputError(f"{uri} has no {name}", remedy)
+        parts[place] = data
     try:
         return SavedSae(json.loads(parts[0]), load(parts[1]), json.loads(parts[2]))
     except (ValueError, SafetensorError) as error:
-        raise InputError(f"{uri} holds a damaged SAE ({error})", "train it again with --force") from None
+        raise InputError(f"{uri} holds a damaged SAE ({error})", "write or fetch it again") from None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

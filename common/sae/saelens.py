@@ -79,9 +79,8 @@ def to_saelens(
         params = variant.as_relu(params)
     width_in, width_out = params["w_enc_DF"].shape[0], params["w_dec_FD"].shape[1]
     activation, settings = _activation(variant)
-    kind = _kind(variant, activation, same_width=width_in == width_out)
     cfg: dict[str, Any] = {
-        "architecture": f"{activation}_{kind}".removeprefix("standard_") if kind else activation,
+        "architecture": architecture(variant, same_width=width_in == width_out),
         "d_in": width_in,
         "d_sae": variant.latents,
         "dtype": "float32",
@@ -100,6 +99,13 @@ def to_saelens(
     if variant.skip:
         tensors[SKIP] = np.ascontiguousarray(np.asarray(params["w_skip_DD"], np.float32).T)
     return cfg, tensors
+
+
+def architecture(variant: Variant, *, same_width: bool) -> str:
+    """Its name in ``cfg.json``; ``same_width``: input and target have as many dimensions."""
+    activation, _ = _activation(variant)
+    kind = _kind(variant, activation, same_width=same_width)
+    return f"{activation}_{kind}".removeprefix("standard_") if kind else activation
 
 
 def _activation(variant: Variant) -> tuple[str, dict[str, Any]]:

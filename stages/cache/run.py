@@ -39,7 +39,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         if output.manifest is not None:
             return output.manifest
         saved = read_sae(config.sae)
-        store = ActivationStore(config.store, (saved.saex["tap"],))
+        store = ActivationStore(config.store, saved.taps)
         windows = store.info.windows
         if config.max_tokens is not None:
             windows = min(windows, max(1, config.max_tokens // store.info.window_length))
@@ -61,7 +61,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         size += write_examples(output.folder, _examples(output, summary, shards, store.info.window_length, tokenizer))
         output.folder.delete(PARTS)
         tokens = windows * store.info.window_length
-        contents = {"tap": saved.saex["tap"], "latents": len(summary.count_F), "rows": summary.rows}
+        contents = {"tap": _name(saved), "latents": len(summary.count_F), "rows": summary.rows}
         return output.finish(contents=contents, totals={"tokens": tokens, "rows": summary.rows, "bytes": size})
 
 
@@ -107,7 +107,8 @@ def _write_features(
     model = store.info.source.get("model")
     w_dec_FD = saved.tensors["W_dec"]
     effects = OutputTokens.none(len(w_dec_FD))
-    if model is not None and tokenizer is not None and config.output_tokens and _is_residual(saved.saex["target_tap"]):
+    residual = len(saved.target_taps) == 1 and _is_residual(saved.target_taps[0])
+    if model is not None and tokenizer is not None and config.output_tokens and residual:
         effects = output_tokens(resources.fetch(model), w_dec_FD, config.output_tokens, tokenizer)
     nearest_FN, cosines_FN = nearest_rows(w_dec_FD, min(config.nearest, len(w_dec_FD) - 1))
     counts, edges = _histograms(summary)
@@ -127,7 +128,12 @@ def _write_features(
         "nearest_cosines": cosines_FN,
     }
     variant = f"{saved.saex['config']['variant']} with {len(w_dec_FD):,} latents"
-    return write_features(output.folder, columns, CacheSource(model or "", saved.saex["tap"], variant, summary.rows))
+    return write_features(output.folder, columns, CacheSource(model or "", _name(saved), variant, summary.rows))
+
+
+def _name(saved: SavedSae) -> str:
+    """Of what is read."""
+    return " + ".join(saved.taps)
 
 
 def _is_residual(tap: str) -> bool:

@@ -71,9 +71,10 @@ class CacheWork:
         folder = Folder(self.out)
         if (kept := folder.read_arrays(codes_name(shard))) is not None:
             return Codes(**kept)
-        store, sae, tap = self._open()
+        store, sae, taps = self._open()
         windows = self.shard_windows(shard)
-        acts_NLD = store.acts(tap, windows)
+        acts = [store.acts(tap, windows) for tap in taps]
+        acts_NLD = acts[0] if len(acts) == 1 else np.concatenate(acts, axis=-1)
         flat = np.flatnonzero(store.keep(windows))
         rows_BD = acts_NLD.reshape(-1, acts_NLD.shape[-1])[flat]
         parts = [(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int32))]
@@ -158,7 +159,7 @@ def _activations(codes: Codes, feature_E1: np.ndarray, keys_EC: np.ndarray) -> n
 class _Opened(NamedTuple):
     store: ActivationStore
     sae: Sae
-    tap: str
+    taps: tuple[str, ...]  # whose rows the SAE reads, one beside the other
 
 
 def has_summary(folder: Folder) -> bool:
@@ -185,6 +186,5 @@ def read_summary(out: str, digest: str) -> Summary:
 @lru_cache(maxsize=1)
 def _open(store_uri: str, sae_uri: str, digest: str) -> _Opened:
     saved = read_sae(sae_uri)
-    tap = saved.saex["tap"]
     sae = Sae(*from_saelens(saved.cfg, saved.tensors), Compute(dtype="bfloat16"))
-    return _Opened(ActivationStore(store_uri, (tap,)), sae, tap)
+    return _Opened(ActivationStore(store_uri, saved.taps), sae, saved.taps)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,16 +20,15 @@ from saex_pipe.common.llm import taps as tap_names
 from saex_pipe.common.llm.architecture import Architecture
 from saex_pipe.common.llm.load import load_model
 from saex_pipe.common.llm.splice import Taps, make_capture, resume_place
-from saex_pipe.common.metrics_log import Progress, progress
 from saex_pipe.common.preemption import StopRequest, graceful_stop
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.saelens import from_saelens
 from saex_pipe.common.sae.scores import Reconstruction, ce_recovered, match_dictionary
 from saex_pipe.stages.evaluate.config import Config
+from saex_pipe.stages.evaluate.crosscoder import Subject, crosscoder_scores, require_taps
+from saex_pipe.stages.evaluate.held_out import NOT_SPLICED, batches, reconstruction_scores, shards
 from saex_pipe.stages.evaluate.splice import Sums, add_batch, keep_rows, make_scorer
-
-_SHARD_TOKENS = 4096  # a shard is what a killed run has to do again
 
 
 def run(config: Config, *, force: bool = False) -> Manifest:
@@ -72,25 +70,23 @@ def _on_text(config: Config, output: StageOutput, saved: SavedSae, stop: StopReq
         )
     model = load_model(resources.fetch(config.model), dtype=config.compute_dtype)
     model.architecture.check_largest_id(corpus.info.tokenizer["largest_id"])
-    taps = _taps(config, saved, model.architecture)
     sae, policy = _sae(saved, config), RowPolicy.from_json(saved.saex["row_policy"])
+    if len(saved.taps) > 1:
+        require_taps(config, saved, model.architecture)
+        return crosscoder_scores(config, output, Subject(model, sae, saved.taps, policy, corpus), windows, stop)
+    taps = _taps(config, saved, model.architecture)
     base = resume_place(taps, model.architecture)
     capture = make_capture([*([] if base is None else [base]), *taps, *(policy.norm_limits or {})])
     score = make_scorer(taps, base)
 
-    for bar, number, shard in _shards(config, output, windows, corpus.info.window_length, stop):
+    for bar, number, shard in shards(config, output, windows, corpus.info.window_length, stop):
         sums = Sums({}, 0, Reconstruction())
-        for start in range(0, len(shard), config.batch_windows):
-            part = shard[start : start + config.batch_windows]
-            tokens_NL, padding_NL = corpus.tokens(part), corpus.documents(part) < 0
-            missing = config.batch_windows - len(part)  # the last batch is filled up, so that it compiles once
-            tokens_NL = np.pad(tokens_NL, ((0, missing), (0, 0)))
-            padding_NL = np.pad(padding_NL, ((0, missing), (0, 0)), constant_values=True)
+        for windows_of_batch, tokens_NL, padding_NL in batches(config, corpus, shard):
             found = capture(model, jnp.asarray(tokens_NL))
             keep_NL = keep_rows(policy, tokens_NL, padding_NL, found)
             scores = score(model, sae, tokens_NL, found, keep_NL)
             sums = add_batch(sums, scores, keep_NL, padding_NL)
-            bar.advance(len(part) * corpus.info.window_length)
+            bar.advance(windows_of_batch * corpus.info.window_length)
         entry = {"nats": sums.nats, "predicted": sums.predicted, "reconstruction": sums.reconstruction.to_json()}
         output.commit_shard(number, entry)
 
@@ -101,7 +97,7 @@ def _on_text(config: Config, output: StageOutput, saved: SavedSae, stop: StopReq
             f"no token of the {len(windows)} held-out windows is predicted by another", "give longer documents"
         )
     nats = {name: sum(entry["nats"][name] for entry in entries) / predicted for name in entries[0]["nats"]}
-    return _reconstruction_scores(entries, len(windows) * corpus.info.window_length) | {
+    return reconstruction_scores(entries, len(windows) * corpus.info.window_length) | {
         "ce_clean": nats["clean"],
         "ce_sae": nats["sae"],
         "ce_zero": nats["zero"],
@@ -113,6 +109,8 @@ def _on_text(config: Config, output: StageOutput, saved: SavedSae, stop: StopReq
 def _on_toy(config: Config, output: StageOutput, saved: SavedSae, stop: StopRequest) -> dict[str, Any]:
     """Reconstruction of held-out rows, and the match of the decoder with the true dictionary."""
     assert config.store is not None
+    if len(saved.taps) > 1:
+        raise InputError("a toy store has one tap, a crosscoder several", "score it on evaluate.model and tokens")
     tap = saved.saex["tap"]
     store = ActivationStore(config.store, (tap,))
     windows = range(store.info.train_windows, store.info.windows)
@@ -121,7 +119,7 @@ def _on_toy(config: Config, output: StageOutput, saved: SavedSae, stop: StopRequ
     if not windows:
         raise InputError(f"{config.store} has no held-out windows", "raise toy.holdout_fraction or evaluate.max_tokens")
     sae = _sae(saved, config)
-    for bar, number, shard in _shards(config, output, windows, store.info.window_length, stop):
+    for bar, number, shard in shards(config, output, windows, store.info.window_length, stop):
         reconstruction = Reconstruction()
         rows_BD = store.acts(tap, shard)[store.keep(shard)].astype(np.float32)
         codes = sae.codes_sparse(rows_BD)
@@ -132,38 +130,7 @@ def _on_toy(config: Config, output: StageOutput, saved: SavedSae, stop: StopRequ
         output.commit_shard(number, {"reconstruction": reconstruction.to_json()})
     entries = [entry for _, entry in sorted(output.ledger().items())]
     match = match_dictionary(dictionary_FD, saved.tensors["W_dec"])
-    no_model = dict.fromkeys(("ce_clean", "ce_sae", "ce_zero", "ce_recovered", "kl"))
-    return _reconstruction_scores(entries, len(windows) * store.info.window_length) | no_model | match._asdict()
-
-
-def _shards(
-    config: Config, output: StageOutput, windows: range, window_length: int, stop: StopRequest
-) -> Iterator[tuple[Progress, int, range]]:
-    """The shards that are not in the ledger yet: the progress bar over all tokens, number and windows."""
-    size = max(config.batch_windows, _SHARD_TOKENS // window_length)
-    cut = [windows[start : start + size] for start in range(0, len(windows), size)]
-    finished = output.finished_shards()
-    done = sum(len(part) for number, part in enumerate(cut) if number in finished) * window_length
-    with progress("evaluating", len(windows) * window_length, "tokens", done=done, log=output.metrics) as bar:
-        for number, part in enumerate(cut):
-            if number not in finished:
-                yield bar, number, part
-                stop.raise_if_requested()
-
-
-def _reconstruction_scores(entries: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    merged = Reconstruction()
-    for entry in entries:
-        merged.include(Reconstruction.from_json(entry["reconstruction"]))
-    if merged.rows == 0:
-        raise InputError("no held-out token is a row by the policy the SAE was trained with", "hold out more text")
-    return {
-        "l0": merged.l0,
-        "fvu": merged.fvu,
-        "dead_fraction": merged.dead_fraction,
-        "rows": merged.rows,
-        "tokens": tokens,
-    }
+    return reconstruction_scores(entries, len(windows) * store.info.window_length) | NOT_SPLICED | match._asdict()
 
 
 def _taps(config: Config, saved: SavedSae, architecture: Architecture) -> Taps:

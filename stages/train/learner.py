@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.contract import Variant
+from saex_pipe.common.sae.contract import Params, Variant
 from saex_pipe.common.sae.flops import step_flops
 from saex_pipe.common.sae.int8 import require_qwix
 from saex_pipe.common.sae.optimiser import Optimiser
@@ -22,6 +22,7 @@ from saex_pipe.common.sae.train_step import StepSettings, StepTerms, TrainState,
 from saex_pipe.common.sae.variants import build, variant_class
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
+from saex_pipe.stages.train.imported import imported
 from saex_pipe.stages.train.resampling import make_resampling
 from saex_pipe.stages.train.rows import Reader, Rows, Sides, joined
 from saex_pipe.stages.train.start_settings import StartSettings
@@ -68,7 +69,7 @@ class Learner:
         else:
             step = jax.vmap(step, in_axes=(0, 0, 0, None, None))
             self._variant, self._rate = jax.device_get(stacked(self.variants)), np.asarray(rates, np.float32)
-        self._one = jax.eval_shape(partial(self._initial, 0), self._units)
+        self._one = jax.eval_shape(partial(self._initial, 0), self._units, {})
         self._like = self._one if len(configs) == 1 else jax.eval_shape(stacked, [self._one] * len(configs))
         self._step = self.devices.compiled(step, self._like, donate_argnums=2)
         self._member = self.devices.compiled(_member, self._one)
@@ -80,15 +81,20 @@ class Learner:
 
     def initial_state(self, member: int) -> tuple[TrainState, StepTerms]:
         """State and terms of one SAE before the first step."""
-        return self.devices.made(partial(self._initial, member), self._units)
+        start_from = self.configs[member].start_from
+        found: Params = {}
+        if start_from is not None:
+            found = imported(start_from, self.variants[member], self._one[0].params, self._units.normalisers)
+        return self.devices.made(partial(self._initial, member), self._units, found)
 
     def abstract_state(self) -> Any:
         """Shapes and places of what ``initial_state`` gives."""
         return self.devices.described(self._one)
 
-    def _initial(self, member: int, units: Units) -> tuple[TrainState, StepTerms]:
+    def _initial(self, member: int, units: Units, found: Params) -> tuple[TrainState, StepTerms]:
+        """With the parameters ``found``, and otherwise new ones."""
         variant = self.variants[member]
-        params = variant.constrain(variant.init(jax.random.key(self.configs[member].seed), units.stats))
+        params = variant.constrain(variant.init(jax.random.key(self.configs[member].seed), units.stats)) | found
         # Copies, since the state is donated and input and target may share one normaliser.
         normalisers = jax.tree.map(jnp.copy, units.normalisers)
         zeros = StepTerms(*(jnp.zeros(()) for _ in StepTerms._fields))

@@ -1,8 +1,8 @@
 """Settings of the train stage that say what it starts from: units, initial parameters."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from saex_pipe.common.config import StageConfig, setting
+from saex_pipe.common.config import Resource, StageConfig, setting
 
 
 class StartSettings(StageConfig):
@@ -27,6 +27,11 @@ class StartSettings(StageConfig):
         meaning="first rows of training, for what statistics of the store do not give: whitening, geometric median, "
         "firing shares",
         ge=2,
+    )
+    start_from: Annotated[str | None, Resource()] = setting(
+        None,
+        unit="URI",
+        meaning="SAE to go on from, a folder that saex-pipe or SAELens wrote; width, latents and kind must be the same",
     )
     initial_encoder: Literal["decoder_transpose", "kaiming", "orthogonal"] | None = setting(
         None, unit="", meaning="encoder at the start (default decoder_transpose)"

@@ -1,0 +1,59 @@
+"""Crosscoders from a store of two taps: training, what is saved, the feature cache, refusals."""
+
+import numpy as np
+import pytest
+from two_taps import TAPS, write_store
+
+from saex_pipe.common.errors import InputError
+from saex_pipe.common.formats.activations import ActivationStore
+from saex_pipe.common.formats.checkpoint import read_sae
+from saex_pipe.common.sae.inference import Sae
+from saex_pipe.common.sae.saelens import from_saelens
+from saex_pipe.stages.train import run as train
+from saex_pipe.stages.train.config import Config
+
+SETTINGS = {
+    **{"variant": "topk", "latents": 32, "k": 3, "batch_rows": 128, "rows": 128 * 60},
+    **{"compute_dtype": "float32", "learning_rate": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("two") / "store")
+
+
+def run(store, out, **changes):
+    return train.run(Config.create({"store": store, "out": str(out), "taps": ("layer.*",)} | SETTINGS | changes))
+
+
+@pytest.mark.parametrize("normalise", ["mean_square", "whitening_zca"])
+def test_a_saved_crosscoder_reconstructs_every_tap_from_raw_rows(store, tmp_path, normalise):
+    run(store, tmp_path, normalise=normalise)
+    saved = read_sae(str(tmp_path))
+    assert saved.taps == saved.target_taps == TAPS
+    assert saved.cfg["architecture"] == "topk_crosscoder"
+    assert saved.cfg["tap_widths"] == [12, 8]
+    source = ActivationStore(store, TAPS)
+    rows = [source.acts(tap, range(20)).reshape(-1, source.info.taps[tap]) for tap in TAPS]
+    assert np.abs(rows[0]).mean() > 20 * np.abs(rows[1]).mean(), "only normalisation makes the taps count alike"
+    recon_BD = np.asarray(Sae(*from_saelens(saved.cfg, saved.tensors)).reconstruct(np.concatenate(rows, axis=1)))
+    for part_BD, recon_part_BD in zip(rows, np.split(recon_BD, [12], axis=1), strict=True):
+        assert np.square(part_BD - recon_part_BD).sum() / np.square(part_BD - part_BD.mean(axis=0)).sum() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"taps": ("layer.0",)}, "train.taps = layer.0 is one tap"),
+        ({"taps": ("layer.0", "nose")}, "has no tap 'nose'; it holds layer.0, layer.1"),
+        ({"tap": "layer.0"}, "train.taps and train.tap or target_tap contradict each other"),
+        ({"normalise": "layer_norm"}, "which only an SAE of one tap sees"),
+        ({"skip": True}, "skip = true without a target"),
+    ],
+)
+def test_what_a_crosscoder_cannot_be_is_refused(store, tmp_path, changes, message):
+    with pytest.raises(InputError) as refusal:
+        run(store, tmp_path / "sae", **changes)
+    assert message in str(refusal.value)
+    assert not (tmp_path / "sae").exists()
