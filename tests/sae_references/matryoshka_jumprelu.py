@@ -6,7 +6,7 @@ import numpy as np
 
 from sae_references import jumprelu
 
-WIDTHS = (5, 20, 48)
+WIDTHS = (5, 20, 32)
 SETTINGS = {**jumprelu.SETTINGS, "levels": WIDTHS[:-1]}
 codes = jumprelu.codes
 

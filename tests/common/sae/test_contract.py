@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -11,17 +12,27 @@ import pytest
 from sae_references import unexplained
 
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.contract import Moment, Params, Variant
+from saex_pipe.common.sae.contract import LossTerms, Moment, Params, Variant
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.train_step import StepSettings, TrainState, init_state, make_step
 from saex_pipe.common.sae.variants import VARIANTS, build
 
-WIDTH, TARGET_WIDTH, LATENTS = 16, 10, 48
+# So that half of either width, the dead latents of AuxK, times four holds all latents: one size less to compile.
+WIDTH, TARGET_WIDTH, LATENTS = 16, 20, 32
 NONE_DEAD = np.zeros(LATENTS, bool)
-FEW_DEAD, MANY_DEAD, ALL_DEAD = (np.arange(LATENTS) < n for n in (2, 30, LATENTS))
+FEW_DEAD, MANY_DEAD, ALL_DEAD = (np.arange(LATENTS) < n for n in (2, 20, LATENTS))
 REFERENCES = {name: importlib.import_module(f"sae_references.{name}") for name in VARIANTS}
+
+STEPS, DEAD_AFTER_ROWS = 60, 500
+# Compiled for less time, run for longer: with arrays as small as these compilation is all that a test waits for.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 every_variant = pytest.mark.parametrize("name", sorted(VARIANTS))
 both_kinds = pytest.mark.parametrize("transcoder", [False, True], ids=["autoencoder", "transcoder"])
@@ -39,11 +50,12 @@ def unscaled(variant: Variant) -> Normalisers:
     return Normalisers(*(Normaliser(jnp.ones(n)) for n in (WIDTH, TARGET_WIDTH if variant.transcoder else WIDTH)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def batch(toy_rows: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """``batch(transcoder, seed)``: input and target."""
     mix_DD = np.random.default_rng(7).normal(size=(WIDTH, TARGET_WIDTH)).astype(np.float32) / 4
 
+    @cache
     def generate(transcoder: bool, seed: int = 0, rows: int = 96) -> tuple[jax.Array, jax.Array]:
         x_BD = toy_rows(seed, rows)
         return x_BD, jnp.tanh(x_BD @ mix_DD) if transcoder else x_BD
@@ -51,13 +63,25 @@ def batch(toy_rows: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, 
     return generate
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(batch: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Params]:
+    @cache
     def parameters(variant: Variant, seed: int = 0) -> Params:
         x_BD, target_BD = batch(variant.transcoder, seed=1, rows=512)
         return variant.init(jax.random.key(seed), DataStats(x_BD.mean(axis=0), target_BD.mean(axis=0)))
 
     return parameters
+
+
+def loss(
+    params: Params, variant: Variant, x_BD: jax.Array, target_BD: jax.Array, at: Moment
+) -> tuple[jax.Array, LossTerms]:
+    return variant.loss(params, x_BD, target_BD, at)
+
+
+loss_and_gradients = jax.value_and_grad(loss, has_aux=True)
+of_one = quick_jit(loss_and_gradients)  # shared: a variant and its kind are compiled once for all tests
+of_stack = quick_jit(jax.vmap(loss_and_gradients, in_axes=(0, 0, None, None, None)))
 
 
 @every_variant
@@ -104,7 +128,7 @@ def test_terms_of_the_loss(name: str, transcoder: bool, batch: Callable, start: 
     variant = make(name, transcoder)
     params = perturbed(start(variant))
     x_BD, target_BD = batch(transcoder)
-    total, terms = jax.jit(variant.loss)(params, x_BD, target_BD, moment(FEW_DEAD))
+    (total, terms), _ = of_one(params, variant, x_BD, target_BD, moment(FEW_DEAD))
     assert all(leaf.dtype == jnp.float32 for key, leaf in terms._asdict().items() if key != "active_F")
     assert float(terms.total) == float(total)
     assert float(total) == pytest.approx(float(terms.reconstruction + terms.sparsity + terms.auxiliary), rel=1e-5)
@@ -125,11 +149,10 @@ def test_loss_and_gradients_equal_the_equations(name: str, transcoder: bool, bat
     params = perturbed(start(variant))
     exact = in_float64(params)
     data = np.asarray(x_BD, np.float64), np.asarray(target_BD, np.float64)
-    loss = jax.jit(jax.value_and_grad(lambda params, at: variant.loss(params, x_BD, target_BD, at)[0]))
     rng = np.random.default_rng(3)
     for dead_F, scale in ((NONE_DEAD, 1.0), (FEW_DEAD, 0.5), (MANY_DEAD, 1.0), (ALL_DEAD, 1.0)):
         at = moment(dead_F, scale)
-        value, gradients = loss(params, at)
+        (value, _), gradients = of_one(params, variant, x_BD, target_BD, at)
         assert float(value) == pytest.approx(reference.loss(exact, exact, *data, at, transcoder), rel=1e-5)
         if hasattr(reference, "gradients"):
             for key, expected in reference.gradients(exact, *data, at, transcoder).items():
@@ -157,41 +180,35 @@ def test_losses_of_a_stack_of_saes_equal_those_of_each(name: str, batch: Callabl
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
     variant_S = jax.tree.map(lambda *leaves: jnp.stack([jnp.float32(leaf) for leaf in leaves]), *variants)
     at = moment(MANY_DEAD)
-
-    def loss(params: Params, variant: Variant) -> jax.Array:
-        return variant.loss(params, x_BD, target_BD, at)[0]
-
-    single = jax.jit(jax.value_and_grad(loss))
-    value_S, gradients_S = jax.jit(jax.vmap(jax.value_and_grad(loss)))(stacked, variant_S)
+    (value_S, _), gradients_S = of_stack(stacked, variant_S, x_BD, target_BD, at)
     for i, params in enumerate(singles):
-        value, gradients = single(params, variants[i])
+        (value, _), gradients = of_one(params, variants[i], x_BD, target_BD, at)
         assert float(value_S[i]) == pytest.approx(float(value), rel=1e-5)
         for key in params:
             np.testing.assert_allclose(gradients_S[key][i], gradients[key], rtol=1e-3, atol=1e-6)
 
 
 @every_variant
-@pytest.mark.parametrize(("transcoder", "dtype"), [(False, "float32"), (False, "bfloat16"), (True, "float32")])
+@pytest.mark.parametrize(("transcoder", "dtype"), [(False, "bfloat16"), (True, "float32")])
 def test_training_learns_repeats_to_the_bit_and_compiles_once(
     name: str, transcoder: bool, dtype: str, batch: Callable, start: Callable
 ) -> None:
-    variant, steps = make(name, transcoder), 60
-    optimiser = adam(steps)
-    settings = StepSettings(total_steps=steps, dead_after_rows=500, compute=Compute(dtype=dtype))
-    step = jax.jit(make_step(optimiser, settings), donate_argnums=2)
+    variant, optimiser = make(name, transcoder), adam(STEPS)
+    settings = StepSettings(total_steps=STEPS, dead_after_rows=DEAD_AFTER_ROWS, compute=Compute(dtype=dtype))
+    step = quick_jit(make_step(optimiser, settings))
     batches = [batch(transcoder, seed) for seed in range(4)]
 
     def train() -> tuple[TrainState, list[float]]:
         state, fvu = init_state(start(variant), optimiser, unscaled(variant)), []
-        for i in range(steps):
+        for i in range(STEPS):
             state, terms = step(variant, jnp.float32(1e-2), state, *batches[i % len(batches)])
-            fvu.append(float(terms.fvu))
-        return state, fvu
+            fvu.append(terms.fvu)
+        return state, [float(value) for value in fvu]
 
     state, fvu = train()
     assert fvu[-1] < 0.6 * fvu[0]
     assert step._cache_size() == 1
-    assert int(state.step) == steps
+    assert int(state.step) == STEPS
     norms = np.linalg.norm(state.params["w_dec_FD"], axis=1)
     if variant.decoder_rows == "unit":
         np.testing.assert_allclose(norms, 1.0, rtol=1e-6)
