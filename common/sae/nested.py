@@ -21,7 +21,8 @@ def decode_nested(
     codes_BF: Float[Array, "B F"], w_dec_FD: Float[Array, "F D"], widths: Sequence[int], dtype: ComputeDtype
 ) -> list[Float[Array, "B D"]]:
     """Reconstructions by the first ``width`` latents, without bias, for each of the ascending ``widths``."""
-    levels, start = [], 0
+    levels: list[Array] = []
+    start = 0
     for width in widths:
         group_BD = matmul(codes_BF[:, start:width], w_dec_FD[start:width], dtype)
         levels.append(levels[-1] + group_BD if levels else group_BD)

@@ -63,7 +63,9 @@ def test_loss_and_gradients_by_pairs_equal_the_dense_ones(toy_rows: Callable[...
         "matryoshka_batchtopk", LATENTS, k=4, levels=(9, 300), decoder_rows="free", rank_by_decoder_norm=True
     )
     x_BD, at = toy_rows(0, ROWS), Moment.plain(LATENTS)
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), start(variant, 0), start(variant, 1))
+    few = start(variant, 1)  # fifteen latents can be active: fewer codes are positive than asked for
+    few["b_enc_F"] = jnp.where(jnp.arange(LATENTS) < 15, few["b_enc_F"] - 0.5, -100.0)
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), start(variant, 0), few)
 
     def loss(codes: Any) -> Callable:
         return jax.value_and_grad(
@@ -73,7 +75,8 @@ def test_loss_and_gradients_by_pairs_equal_the_dense_ones(toy_rows: Callable[...
     by_pairs = jax.jit(jax.vmap(loss("sparse"), in_axes=(0, None)))(stack, x_BD)
     dense = jax.jit(jax.vmap(loss("dense"), in_axes=(0, None)))(stack, x_BD)
     (_, terms), gradients = by_pairs
-    assert (np.asarray(terms.active_F).sum(axis=1) == 4 * ROWS).all()
+    enough, fewer = np.asarray(terms.active_F).sum(axis=1)
+    assert 0 < fewer < enough == 4 * ROWS
     np.testing.assert_array_equal(terms.active_F, dense[0][1].active_F)
     np.testing.assert_allclose(terms.total, dense[0][0], rtol=1e-5)
     for key, leaf in dense[1].items():

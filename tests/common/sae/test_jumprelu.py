@@ -29,7 +29,7 @@ def start(variant: JumpRelu, x_BD: jax.Array) -> Params:
 @pytest.mark.parametrize("to_input", [False, True])
 def test_gradients_of_jump_and_step_in_closed_form(to_input: bool) -> None:
     """One latent, threshold 2, bandwidth 1: rows below, near from below, near from above, far above."""
-    z_BF, threshold_F = jnp.array([[1.0], [1.75], [2.25], [4.0]]), jnp.array([2.0])
+    z_BF, threshold_F = jnp.array([[1.25], [1.75], [2.25], [4.0]]), jnp.array([2.0])
     weight_BF = jnp.array([[1.0], [10.0], [100.0], [1000.0]])
 
     def total(function: Callable) -> Callable:
