@@ -65,8 +65,10 @@ def run(config: Config, *, force: bool = False) -> Manifest:
                     windows, found = reader.read(step)
                     state, terms = step_fn(model, state, windows, found)
                     last, due = step + 1 == batches.steps, (step + 1) % config.checkpoint_every_steps == 0
-                    look = stop.requested or due or last or (step + 1) % _LOG_EVERY_STEPS == 0
-                    bar.advance(batches.tokens, **(_shown(terms, step) if look else {}))
+                    shown: dict[str, float] = {}
+                    if stop.requested or due or last or (step + 1) % _LOG_EVERY_STEPS == 0:
+                        shown = _shown(terms, step)
+                    bar.advance(batches.tokens, bytes=0, waiting_seconds=0.0, **shown)
                     if stop.requested or due or last:
                         saves.save(step + 1, (state, terms))
                     if not last:

@@ -95,7 +95,8 @@ def make_step(
         losses = next_token_losses(model, final_NLD, windows.tokens_NL, found[final])
         assert losses.kl_NL is not None
         nats_NL1 = losses.kl_NL[:, :-1] if objective == "kl" else losses.cross_entropy_NL1
-        return jnp.sum(jnp.where(windows.real_NL1, nats_NL1, 0.0)) / jnp.maximum(jnp.sum(windows.real_NL1), 1)
+        predicted = jnp.sum(windows.real_NL1, dtype=jnp.float32)
+        return jnp.sum(jnp.where(windows.real_NL1, nats_NL1, 0.0)) / jnp.maximum(predicted, 1.0)
 
     def loss(
         params: Params, model: LanguageModel, windows: Windows, found: Mapping[str, Array]
