@@ -26,6 +26,11 @@ class DeviceSettings(StageConfig):
         meaning="jax: this is one of several processes that train together (jax.distributed), each reading its part",
         affects_result=False,
     )
+    codes: Literal["auto", "sparse", "dense"] = setting(
+        "auto",
+        unit="",
+        meaning="how batchtopk multiplies by codes: by the active latents alone, by all, or whichever is faster",
+    )
     selection: Literal["exact", "approximate"] = setting(
         "exact", unit="", meaning="of the largest latents of a row; approximate takes one pass on a TPU"
     )

@@ -232,7 +232,13 @@ def step_settings(config: Config, total_steps: int, mesh: Mesh | None) -> StepSe
         micro_batches=config.micro_batches,
         average_decay=config.average_decay,
         weight_dtype=config.weight_dtype,
-        compute=Compute(dtype=config.compute_dtype, selection=config.selection, recall=config.recall, mesh=mesh),
+        compute=Compute(
+            dtype=config.compute_dtype,
+            codes=config.codes,
+            selection=config.selection,
+            recall=config.recall,
+            mesh=mesh,
+        ),
     )
 
 
