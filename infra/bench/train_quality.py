@@ -219,7 +219,8 @@ def main() -> None:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        stored = options.rows + options.held_out + 2 * options.batch
+        window = ToyConfig.model_fields["window_length"].default
+        stored = -(-(options.rows + options.held_out + options.batch) // window) * window
         width, features = (64, 256) if options.quick else (256, 2048)
         uri = str(place / "toy")
         active = float(options.k)
