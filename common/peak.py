@@ -24,6 +24,11 @@ _MEASURED_SIZE_ELSEWHERE = 8192  # or an accelerator would not be busy
 _TRIES = 3
 
 
+def tpu_kind(device: jax.Device) -> str | None:
+    """The key of ``device`` in ``CHIPS``; None where it is no TPU, or one of an unknown kind."""
+    return _TPUS.get(device.device_kind)
+
+
 @cache
 def peak_flops(dtype: str) -> float:
     """Operations a second of one device of this process: of a TPU by its data sheet, of others as measured once.
@@ -32,8 +37,9 @@ def peak_flops(dtype: str) -> float:
     one square matrix product with inputs of ``dtype`` ("float32", "bfloat16" or "int8"), the best of three.
     """
     device = jax.local_devices()[0]
-    if device.device_kind in _TPUS:
-        return CHIPS[_TPUS[device.device_kind]].peak_bf16_flops
+    kind = tpu_kind(device)
+    if kind is not None:
+        return CHIPS[kind].peak_bf16_flops
     size = _MEASURED_SIZE.get(device.platform, _MEASURED_SIZE_ELSEWHERE)
     sums = jnp.int32 if dtype == "int8" else jnp.float32
     a_NN = jnp.ones((size, size), dtype)

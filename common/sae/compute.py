@@ -14,8 +14,8 @@ class Compute:
     """Hashable, so that it may be a static argument."""
 
     dtype: ComputeDtype = "float32"
-    # Products with codes of which few are active: by the active latents alone, as dense matmuls, or whichever was
-    # measured to be faster at these sizes.
+    # Products with codes of which few are active: by the active latents alone, as dense matmuls, or whichever is
+    # faster at these sizes as ``crossover.py`` has it.
     codes: Literal["auto", "sparse", "dense"] = "auto"
     selection: Literal["exact", "approximate"] = "exact"  # of the largest latents of a row
     recall: float = 0.95  # expected share of the true ones among those selected approximately

@@ -66,11 +66,11 @@ def own_among_largest(values_BK: Float[Array, "B K"], k: int) -> Int[Array, " B"
 def decode_active(active: ActiveCodes, w_dec_FD: Float[Array, "F D"], compute: Compute) -> Float[Array, "B D"]:
     """``codes_BF @ w_dec_FD`` of codes given by their active latents."""
     if compute.mesh is None:
-        return sparse.decode_active(active, w_dec_FD)
+        return sparse.decode_active(active, w_dec_FD, compute)
 
     def local(active: ActiveCodes, w_dec_FD: Array) -> Array:
         own = ActiveCodes(active.values_BK, active.latents_BK - _first_latent(w_dec_FD))
-        return jax.lax.psum(sparse.decode_active(own, w_dec_FD), MODEL)
+        return jax.lax.psum(sparse.decode_active(own, w_dec_FD, compute), MODEL)
 
     return on_each_device(compute.mesh, local, (ACTIVE, P(MODEL)), P(DATA))(active, w_dec_FD)
 

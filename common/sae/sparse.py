@@ -1,7 +1,8 @@
 """Products with codes of which only K of F per row are active: work grows with K, not with F.
 
-Each function has its gradient spelled out (``jax.custom_vjp``), so that the gradients too touch active
-latents only. They equal the dense products within float32 rounding, and are deterministic.
+``topk_codes`` and ``decode_active`` have their gradients spelled out (``jax.custom_vjp``), so that those too touch
+active latents only. They equal the dense products within float32 rounding, and are deterministic. Where
+``crossover.py`` says that it is faster, they multiply matrices or run the kernels of ``pallas_sparse.py`` instead.
 
 The milliseconds below were measured on two CPU cores at B=2048, D=576, F=4608, K=32.
 """
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae import pallas_sparse
+from saex_pipe.common.sae.compute import PLAIN, Compute
+from saex_pipe.common.sae.crossover import Product, Sizes, Way, way
 from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.select import largest
 
@@ -105,6 +108,49 @@ def scatter_sum(
     return jax.lax.scan(add_block, start_FD, (weights_Q, rows_Q, runs.latents_NV))[0]
 
 
+def _way(product: Product, latents_BK: Array, rows_XD: Array, latents: int, compute: Compute) -> Way:
+    sizes = Sizes(latents_BK.shape[0], rows_XD.shape[1], latents, latents_BK.shape[1])
+    return way(product, sizes, compute, kernel=pallas_sparse.can_run(latents_BK, rows_XD))
+
+
+def _matrix(active: ActiveCodes, latents: int) -> Float[Array, "B F"]:
+    """The codes as a matrix. Added up, so that padding may name a latent that is active."""
+    rows_B1 = jnp.arange(active.latents_BK.shape[0], dtype=jnp.int32)[:, None]
+    codes_BF = jnp.zeros((active.latents_BK.shape[0], latents), jnp.float32)
+    return codes_BF.at[rows_B1, active.latents_BK].add(active.values_BK)
+
+
+def _dense(a_MN: Array, b_NP: Array, compute: Compute) -> Array:
+    # Gradients spread too widely for the levels of int8 (see ``matmul``), and the sparse ways have no such rounding.
+    return matmul(a_MN, b_NP, "bfloat16" if compute.dtype == "int8" else compute.dtype)
+
+
+def _sum(active: ActiveCodes, rows_FD: Array, compute: Compute) -> Float[Array, "B D"]:
+    """``codes_BF @ rows_FD``."""
+    latents = rows_FD.shape[0]
+    chosen = _way("sum", active.latents_BK, rows_FD, latents, compute)
+    if chosen == "pallas":
+        return pallas_sparse.gather_sum(active.values_BK, active.latents_BK, rows_FD)
+    return _dense(_matrix(active, latents), rows_FD, compute) if chosen == "dense" else gather_sum(active, rows_FD)
+
+
+def _dot(rows_BD: Array, rows_FD: Array, latents_BK: Array, compute: Compute) -> Float[Array, "B K"]:
+    """The entries ``latents_BK`` of ``rows_BD @ rows_FD.T``."""
+    chosen = _way("dot", latents_BK, rows_FD, rows_FD.shape[0], compute)
+    if chosen == "pallas":
+        return pallas_sparse.gather_dot(rows_BD, rows_FD, latents_BK)
+    if chosen == "dense":
+        return jnp.take_along_axis(_dense(rows_BD, rows_FD.T, compute), latents_BK, axis=1)
+    return gather_dot(rows_BD, rows_FD, latents_BK)
+
+
+def _scatter(active: ActiveCodes, rows_BD: Array, latents: int, compute: Compute) -> Float[Array, "F D"]:
+    """``codes_BF.T @ rows_BD``."""
+    if _way("scatter", active.latents_BK, rows_BD, latents, compute) == "dense":
+        return _dense(_matrix(active, latents).T, rows_BD, compute)
+    return scatter_sum(active.values_BK, runs_by_latent(active.latents_BK, latents), rows_BD, latents)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def topk_codes(
     x_BD: Float[Array, "B D"],
@@ -133,32 +179,30 @@ def _topk_codes_backward(
     x_BD, b_pre_D, w_enc_DF, active = saved
     latents = w_enc_DF.shape[1]
     dz_BK = jnp.where(active.values_BK > 0, out.values_BK, 0.0)
-    runs = runs_by_latent(active.latents_BK, latents)
-    dw_enc_FD = scatter_sum(dz_BK, runs, x_BD - b_pre_D[None], latents)
+    dw_enc_FD = _scatter(ActiveCodes(dz_BK, active.latents_BK), x_BD - b_pre_D[None], latents, compute)
     db_enc_F = jnp.zeros(latents, jnp.float32).at[active.latents_BK].add(dz_BK)
     # The compiler drops dx where nobody asks for it, as in training.
-    dx_BD = gather_sum(ActiveCodes(dz_BK, active.latents_BK), w_enc_DF.T)
+    dx_BD = _sum(ActiveCodes(dz_BK, active.latents_BK), w_enc_DF.T, compute)
     return dx_BD, -(w_enc_DF @ db_enc_F), dw_enc_FD.T, db_enc_F
 
 
 topk_codes.defvjp(_topk_codes_forward, _topk_codes_backward)
 
 
-@jax.custom_vjp
-def decode_active(active: ActiveCodes, w_dec_FD: Float[Array, "F D"]) -> Float[Array, "B D"]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def decode_active(active: ActiveCodes, w_dec_FD: Float[Array, "F D"], compute: Compute = PLAIN) -> Float[Array, "B D"]:
     """``codes_BF @ w_dec_FD`` of codes given by their active latents."""
-    return gather_sum(active, w_dec_FD)
+    return _sum(active, w_dec_FD, compute)
 
 
-def _decode_forward(active: ActiveCodes, w_dec_FD: Array) -> tuple[Array, tuple[ActiveCodes, Array]]:
-    return decode_active(active, w_dec_FD), (active, w_dec_FD)
+def _decode_forward(active: ActiveCodes, w_dec_FD: Array, compute: Compute) -> tuple[Array, tuple[ActiveCodes, Array]]:
+    return decode_active(active, w_dec_FD, compute), (active, w_dec_FD)
 
 
-def _decode_backward(saved: tuple[ActiveCodes, Array], out_BD: Array) -> tuple[ActiveCodes, Array]:
+def _decode_backward(compute: Compute, saved: tuple[ActiveCodes, Array], out_BD: Array) -> tuple[ActiveCodes, Array]:
     active, w_dec_FD = saved
-    latents = w_dec_FD.shape[0]
-    dvalues_BK = gather_dot(out_BD, w_dec_FD, active.latents_BK)
-    dw_dec_FD = scatter_sum(active.values_BK, runs_by_latent(active.latents_BK, latents), out_BD, latents)
+    dvalues_BK = _dot(out_BD, w_dec_FD, active.latents_BK, compute)
+    dw_dec_FD = _scatter(active, out_BD, w_dec_FD.shape[0], compute)
     return ActiveCodes(dvalues_BK, jnp.zeros(active.latents_BK.shape, jax.dtypes.float0)), dw_dec_FD
 
 

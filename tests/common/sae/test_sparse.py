@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saex_pipe.common.sae.compute import PLAIN
+from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.select import GROUP, top_k
 from saex_pipe.common.sae.sparse import (
     RUN_LENGTH,
@@ -65,14 +65,16 @@ def test_runs_hold_every_pair_once_and_one_latent_each() -> None:
 
 
 @pytest.mark.parametrize("latents", [LATENTS, 64 * GROUP])  # one selection, and two
-def test_sparse_autoencoder_and_gradients_equal_the_dense_path(latents: int) -> None:
+@pytest.mark.parametrize("codes", ["sparse", "dense"])
+def test_autoencoder_and_gradients_equal_those_of_masked_codes(latents: int, codes: str) -> None:
+    compute = Compute(codes=codes)
     x_BD, b_pre_D = normal(4, ROWS, WIDTH), normal(5, WIDTH)
     b_enc_F = normal(6, latents) - 6  # so low that of 40 latents some of the chosen ones are below 0
     w_enc_DF, w_dec_FD, weight_BD = normal(7, WIDTH, latents), normal(8, latents, WIDTH), normal(9, ROWS, WIDTH)
 
     def sparse(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
-        active = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, K, PLAIN)
-        return jnp.sum(weight_BD * jnp.square(decode_active(active, w_dec_FD)))
+        active = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, K, compute)
+        return jnp.sum(weight_BD * jnp.square(decode_active(active, w_dec_FD, compute)))
 
     def dense(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
         z_BF = (x_BD - b_pre_D[None]) @ w_enc_DF + b_enc_F[None]
@@ -83,7 +85,10 @@ def test_sparse_autoencoder_and_gradients_equal_the_dense_path(latents: int) -> 
     arguments = tuple(jnp.asarray(a) for a in (x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD))
     below_zero = topk_codes(*arguments[:4], K, PLAIN).values_BK == 0
     assert below_zero.any() == (latents == LATENTS)
-    value, gradients = jax.jit(jax.value_and_grad(sparse, argnums=(0, 1, 2, 3, 4)))(*arguments)
+    ours = jax.jit(jax.value_and_grad(sparse, argnums=(0, 1, 2, 3, 4))).lower(*arguments)
+    # Encoder, gradient of b_pre, gradient to the codes in two parts; or densely, with the decoder and four gradients.
+    assert ours.as_text().count("stablehlo.dot_general") == {"sparse": 4, "dense": 7}[codes]
+    value, gradients = ours.compile()(*arguments)
     dense_value, dense_gradients = jax.jit(jax.value_and_grad(dense, argnums=(0, 1, 2, 3, 4)))(*arguments)
     assert float(value) == pytest.approx(float(dense_value), rel=1e-5)
     for ours, theirs in zip(gradients, dense_gradients, strict=True):
