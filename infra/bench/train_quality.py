@@ -185,7 +185,7 @@ def cases(name: str, options: argparse.Namespace, subject: Subject, config: Conf
         if peer:
             line |= {
                 "peer": peer[0],
-                "peer_value": peer_value,
+                "peer_value": round(peer_value, 5),
                 "ratio": round(peer_value / value, 3) if value else None,
             }
         yield line
