@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saex_pipe.common.mesh import make_mesh
 from saex_pipe.common.sae.auxk import auxk_loss
-from saex_pipe.common.sae.compute import PLAIN
+from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import Moment, Params
 from saex_pipe.common.sae.ghost import ghost_loss
 from saex_pipe.common.sae.initial import DataStats
@@ -116,6 +117,24 @@ def test_ghost_gradients_by_share_weigh_as_much_as_the_dead_latents() -> None:
     dead_F = jnp.arange(LATENTS) < LATENTS // 4
     value = ghost_loss("exp", *args, dead_F, PLAIN, by_share=True)
     assert float(value) == pytest.approx(3.0 / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("dead", [1, 13])
+def test_ghost_gradients_over_a_mesh_equal_those_of_one_device(dead: int) -> None:
+    params, x_BD, residual_BD = parameters()
+    dead_F = jnp.arange(LATENTS) * 3 % (LATENTS + 1) < dead  # 13: on some of four shards more than on others
+    sharded = Compute(mesh=make_mesh(model=4))
+    gradients = []
+    for compute in (PLAIN, sharded):
+
+        def loss(params: Params, compute: Compute = compute) -> jax.Array:
+            args = RELU, params, jnp.float32(x_BD), jnp.float32(residual_BD), jnp.float32(3.0), dead_F, compute
+            return ghost_loss("exp", *args)
+
+        gradients.append(jax.jit(jax.grad(loss), compiler_options=QUICK)(in_float32(params)))
+    for name, alone in gradients[0].items():
+        assert np.abs(alone).max() > 0
+        np.testing.assert_allclose(gradients[1][name], alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("threshold", [0.02, None])
