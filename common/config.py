@@ -135,7 +135,7 @@ def parse_value(raw: str) -> Any:
 def takes_list(config: type[StageConfig], name: str) -> bool:
     """Whether a field holds a list of values."""
     field = config.model_fields.get(name)
-    return field is not None and get_origin(field.annotation) is tuple
+    return field is not None and tuple in map(get_origin, (field.annotation, *get_args(field.annotation)))
 
 
 def comma_list(config: type[StageConfig], name: str, value: Any) -> Any:
@@ -143,7 +143,7 @@ def comma_list(config: type[StageConfig], name: str, value: Any) -> Any:
     field = config.model_fields.get(name)
     if value is None and field is not None and type(None) not in get_args(field.annotation):
         value = "none"
-    if takes_list(config, name):
+    if takes_list(config, name) and value is not None:
         if isinstance(value, str):
             return [part.strip() for part in re.split(r",(?![^{]*})", value)]
         if not isinstance(value, list | tuple):

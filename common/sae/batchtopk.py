@@ -24,6 +24,7 @@ from saex_pipe.common.sae.auxk import auxk_loss
 from saex_pipe.common.sae.batch_select import cut, largest
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
+from saex_pipe.common.sae.crossover import Sizes
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs, fit_nested
 from saex_pipe.common.sae.pairs import Pairs, encoded, pays
@@ -70,7 +71,8 @@ class BatchTopK(Variant):
         """Loss of one batch, with the codes that the batch selects. ``sparsity_scale`` has nothing to scale here."""
         rows = x_BD.shape[0]
         count = jnp.round(rows * k_now(self.k, self.k_start, self.k_fraction, moment.fraction_done)).astype(jnp.int32)
-        product = self._by_pairs if pays(compute, self.most, self.latents) else self._dense
+        sizes = Sizes(rows, target_BD.shape[1], self.latents, self.most)
+        product = self._by_pairs if pays(compute, sizes) else self._dense
         levels, active_F = product(params, x_BD, count, compute)
         bias_BD = jnp.broadcast_to(params["b_dec_D"][None], target_BD.shape)
         bias_BD = self.with_skip(params, x_BD, bias_BD, compute)

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae.crossover import Sizes, way
 from saex_pipe.common.sae.sparse import RUN_LENGTH, Runs, runs_by_latent
 
 DOT_PAIRS = 1024  # pairs whose gathered rows fit into cache
-# ``auto`` takes lists of pairs where at most this share of the latents is active, dense products above it.
-SPARSE_SHARE = 1 / 64
 
 
 class Pairs(NamedTuple):
@@ -28,11 +27,10 @@ class Pairs(NamedTuple):
     latents_P: Int[Array, " P"]  # int32
 
 
-def pays(compute: Compute, active: int, latents: int) -> bool:
-    """Whether to compute with pairs, for ``active`` of ``latents`` a row."""
-    if compute.mesh is not None:  # a list of pairs has no layout over devices
-        return False
-    return compute.codes == "sparse" or (compute.codes == "auto" and active <= SPARSE_SHARE * latents)
+def pays(compute: Compute, sizes: Sizes) -> bool:
+    """Whether to compute with pairs; K of ``sizes`` is the mean over rows. All products follow the decoder's."""
+    # A list of pairs has no layout over devices.
+    return compute.mesh is None and way("sum", sizes, compute, kernel=False) != "dense"
 
 
 @jax.custom_vjp

@@ -23,6 +23,7 @@ class Config(StageConfig):
     salt: float = setting(2.0, unit="grams", meaning="how much", ge=0, le=10)
     shapes: tuple[str, ...] = setting(("loaf",), unit="names", meaning="forms")
     sizes: tuple[int, ...] = setting((1,), unit="kg", meaning="weights")
+    seeds: tuple[str, ...] | None = setting(None, unit="names", meaning="on top", affects_result=False)
     oven: str = setting("old", unit="", meaning="where", affects_result=False)
 
 
@@ -86,11 +87,13 @@ def test_comma_lists_are_for_list_settings_only():
     assert comma_list(Config, "shapes", "loaf, roll") == ["loaf", "roll"]
     assert comma_list(Config, "shapes", "bun.{1,2}, roll") == ["bun.{1,2}", "roll"]
     assert comma_list(Config, "sizes", 3) == [3]
+    assert comma_list(Config, "seeds", "poppy,sesame") == ["poppy", "sesame"]
     assert comma_list(Config, "oven", "a,b") == "a,b"
 
 
 def test_none_unsets_what_may_be_unset_and_is_a_word_elsewhere():
     assert comma_list(Config, "water", None) is None
+    assert comma_list(Config, "seeds", None) is None
     assert comma_list(Config, "oven", None) == "none"
     assert comma_list(Config, "shapes", None) == ["none"]
 

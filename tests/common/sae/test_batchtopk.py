@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.errors import InputError
+from saex_pipe.common.mesh import make_mesh
 from saex_pipe.common.sae.batch_select import cut, largest
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Moment, Params, Variant
+from saex_pipe.common.sae.crossover import CPU_LATENTS_PER_ACTIVE, Sizes
 from saex_pipe.common.sae.initial import DataStats
-from saex_pipe.common.sae.pairs import SPARSE_SHARE, Pairs, decoded, pays
+from saex_pipe.common.sae.pairs import Pairs, decoded, pays
 from saex_pipe.common.sae.variants import build
 
 ROWS, WIDTH, LATENTS = 24, 16, 1024  # 64 groups of 16 columns a row: two selections
@@ -134,7 +136,12 @@ def test_k_changes_linearly_to_its_last_value(name: str, codes: Any, toy_rows: C
         np.testing.assert_array_equal(terms.active_F, (z_BF >= by_row).sum(axis=0))
 
 
-def test_pairs_are_taken_where_few_latents_are_active() -> None:
-    few = round(SPARSE_SHARE * LATENTS)
-    assert [pays(Compute(), k, LATENTS) for k in (few, few + 1)] == [True, False]
-    assert [pays(Compute(codes=codes), k, LATENTS) for codes, k in (("sparse", 900), ("dense", 1))] == [True, False]
+def test_pairs_are_taken_where_few_latents_are_active_on_one_device() -> None:
+    few = LATENTS // CPU_LATENTS_PER_ACTIVE
+
+    def chosen(k: int, **compute: Any) -> bool:
+        return pays(Compute(**compute), Sizes(ROWS, WIDTH, LATENTS, k))
+
+    assert [chosen(few), chosen(few + 1)] == [True, False]
+    assert [chosen(900, codes="sparse"), chosen(1, codes="dense")] == [True, False]
+    assert not chosen(1, codes="sparse", mesh=make_mesh(4))
