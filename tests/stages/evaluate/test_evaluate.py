@@ -120,3 +120,34 @@ def test_a_transcoder_is_not_moved_to_another_tap(place, recipe, tmp_path):
     )
     with pytest.raises(InputError, match=f"the transcoder reads {PAIR[0]} and predicts {PAIR[1]}"):
         chain.finish_stage(config, force=False)
+
+
+def test_a_crosscoder_is_scored_on_each_of_its_taps_and_on_all(place, recipe):
+    both = chain.with_assignments(recipe, ["train.tap=none", f'train.taps=["embed", "{tiny_run.TAP}"]'])
+    out = place / "run-crosscoder"
+    scores = scores_of(both, out)
+    corpus, saved = TokenStore(f"{out}/corpus"), read_sae(f"{out}/sae")
+    taps = saved.taps
+    assert set(taps) == {"embed", tiny_run.TAP}
+    tokens_NL = corpus.tokens(range(corpus.info.train_windows, corpus.info.windows)[:10])
+    model = load_model(place / "recipe" / "model", dtype="float32")
+    limited = saved.saex["row_policy"]["norm_limits"]
+    found = apply(model, tokens_NL, taps=tuple(dict.fromkeys([*taps, *limited]))).taps
+    keep_NL = ~np.isin(tokens_NL, saved.saex["row_policy"]["special_ids"])
+    keep_NL[:, saved.saex["row_policy"]["positions"]] = False
+    for name, limit in limited.items():
+        keep_NL &= np.linalg.norm(np.asarray(found[name]), axis=-1) <= limit
+    rows = [np.asarray(found[tap], np.float32)[keep_NL] for tap in taps]
+    recon_BD = np.asarray(Sae(*from_saelens(saved.cfg, saved.tensors)).reconstruct(np.concatenate(rows, axis=1)))
+
+    def fvu(rows_BD, recon_BD):
+        return np.square(rows_BD - recon_BD).sum() / np.square(rows_BD - rows_BD.mean(axis=0)).sum()
+
+    assert scores["rows"] == keep_NL.sum()
+    assert scores["fvu"] == pytest.approx(fvu(np.concatenate(rows, axis=1), recon_BD), rel=1e-4)
+    for tap, rows_BD, part_BD in zip(taps, rows, np.split(recon_BD, 2, axis=1), strict=True):
+        assert scores[f"fvu.{tap}"] == pytest.approx(fvu(rows_BD, part_BD), rel=1e-4)
+    assert scores["ce_recovered"] is None
+    named = chain.configure(chain.with_assignments(both, ["evaluate.tap=embed"]), "evaluate", str(out))
+    with pytest.raises(InputError, match=f"the crosscoder reads {taps[0]}, {taps[1]}"):
+        chain.finish_stage(named.model_copy(update={"out": str(place / "refused")}), force=False)

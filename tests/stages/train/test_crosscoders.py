@@ -7,8 +7,13 @@ from two_taps import TAPS, write_store
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.checkpoint import read_sae
+from saex_pipe.common.formats.feature_cache import FeatureCache
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.saelens import from_saelens
+from saex_pipe.stages.cache import run as cache
+from saex_pipe.stages.cache.config import Config as CacheConfig
 from saex_pipe.stages.train import run as train
 from saex_pipe.stages.train.config import Config
 
@@ -40,6 +45,17 @@ def test_a_saved_crosscoder_reconstructs_every_tap_from_raw_rows(store, tmp_path
     recon_BD = np.asarray(Sae(*from_saelens(saved.cfg, saved.tensors)).reconstruct(np.concatenate(rows, axis=1)))
     for part_BD, recon_part_BD in zip(rows, np.split(recon_BD, [12], axis=1), strict=True):
         assert np.square(part_BD - recon_part_BD).sum() / np.square(part_BD - part_BD.mean(axis=0)).sum() < 0.6
+
+
+def test_the_feature_cache_encodes_all_taps_of_a_crosscoder(store, tmp_path):
+    run(store, tmp_path / "sae")
+    cache.run(CacheConfig(store=store, sae=str(tmp_path / "sae"), out=str(tmp_path / "cache"), max_tokens=64 * 16))
+    saved, source = read_sae(str(tmp_path / "sae")), ActivationStore(store, TAPS)
+    rows_BD = np.concatenate([source.acts(tap, range(64)).reshape(-1, source.info.taps[tap]) for tap in TAPS], axis=1)
+    sae = Sae(*from_saelens(saved.cfg, saved.tensors), Compute(dtype="bfloat16"))
+    with FeatureCache(Folder(str(tmp_path / "cache"))) as features:
+        counts = features.features(["firing_count"])["firing_count"].to_numpy()
+    np.testing.assert_array_equal(counts, (np.asarray(sae.encode(rows_BD)) > 0).sum(axis=0))
 
 
 @pytest.mark.parametrize(
