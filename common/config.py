@@ -135,7 +135,9 @@ def parse_value(raw: str) -> Any:
 def takes_list(config: type[StageConfig], name: str) -> bool:
     """Whether a field holds a list of values."""
     field = config.model_fields.get(name)
-    return field is not None and tuple in map(get_origin, (field.annotation, *get_args(field.annotation)))
+    return field is not None and any(
+        get_origin(kind) is tuple for kind in (field.annotation, *get_args(field.annotation))
+    )
 
 
 def comma_list(config: type[StageConfig], name: str, value: Any) -> Any:
