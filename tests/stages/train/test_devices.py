@@ -1,15 +1,24 @@
 """The train stage on several devices: the same SAE, resumed on more or fewer of them, and what does not divide."""
 
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
+import train_in_processes
 
+from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.checkpoint import read_sae
 from saex_pipe.stages.toy import run as toy
 from saex_pipe.stages.toy.config import Config as ToyConfig
 from saex_pipe.stages.train import devices
 from saex_pipe.stages.train import run as train
 from saex_pipe.stages.train.config import Config
+from saex_pipe.stages.train.devices import Devices
 from saex_pipe.stages.train.learner import Learner
 
 SETTINGS = {
@@ -77,3 +86,72 @@ def test_a_run_goes_on_with_other_numbers_of_devices(store, tmp_path, use, on_on
                     train.run(settings)
         assert len(seen) == (2 if stop_at is None else 3), "it goes on from the step that was saved last"
     assert_alike(tmp_path / "sae", on_one)
+
+
+def test_two_processes_train_one_sae_together(store, tmp_path, on_one, use):
+    """Each reads its part of every batch; the first one writes; one process goes on where the two were."""
+    out = tmp_path / "sae"
+    settings = SETTINGS | {"store": store, "out": str(out), "model_parallel": 4, "checkpoint_every_steps": 4}
+    reports = run_processes(settings)
+    assert [report["rows"] for report in reports] == [[[0, 32]], [[32, 64]]]
+    assert [(report["steps"], report["devices"]) for report in reports] == [(8, 8)] * 2
+    assert_alike(out, on_one)
+    written = (out / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in written if "loss" in line]
+    assert steps[-1] == 8
+    assert steps == sorted(set(steps)), "only one of the two logs"
+    assert sorted(int(path.name) for path in (out / "state").iterdir()) == [4, 8]
+    use(2)
+    for name in ("manifest.json", "state/8"):  # as if both had been killed after step 4
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    manifest = train.run(config(store, out, model_parallel=2))
+    assert manifest.timings["resumed"] == 1
+    assert_alike(out, on_one)
+
+
+def run_processes(settings):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, train_in_processes.__file__, str(port), "2"]
+    running = [
+        subprocess.Popen(
+            [*command, str(process), json.dumps(settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for process in range(2)
+    ]
+    try:
+        ended = [process.communicate(timeout=600) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, (_, complaint) in zip(running, ended, strict=True):
+        assert process.returncode == 0, complaint[-2000:]
+    return [json.loads(output.splitlines()[-1]) for output, _ in ended]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_parallel": 3}, "model axis of 3 does not divide 8 devices; use one of 1, 2, 4, 8"),
+        ({"model_parallel": 8, "latents": 20}, "train.model_parallel = 8 does not divide 20 latents; use 1 or 2 or 4,"),
+        ({"batch_rows": 36}, "train.batch_rows / train.micro_batches = 36 does not divide over 8 devices of the data"),
+        ({"micro_batches": 16}, "train.batch_rows / train.micro_batches = 4 does not divide over 8 devices of the"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_what_does(store, tmp_path, use, changes, message):
+    use(8)
+    with pytest.raises(InputError) as caught:
+        train.run(config(store, tmp_path / "sae", **changes))
+    assert message in str(caught.value)
+    assert not (tmp_path / "sae").exists()
+
+
+def test_a_batch_is_read_from_the_first_row_to_the_last_of_this_process(store, use):
+    use(8)
+    placed = Devices.of(config(store, "unused", model_parallel=2), 32)
+    rows_BD = np.arange(64 * 12, dtype=np.float32).reshape(64, 12)
+    assert (placed.rows.start, placed.rows.stop) == (0, 64)
+    array = placed.placed(rows_BD)
+    assert {shard.data.shape for shard in array.addressable_shards} == {(16, 12)}
+    np.testing.assert_array_equal(array, rows_BD)
