@@ -111,7 +111,7 @@ class BatchTopK(Variant):
         z_BF = self.pre_activations(params, x_BD, compute)
         scores_BF = self.scores(params, z_BF)
         codes_BF = jnp.where(scores_BF >= cut(scores_BF, count), z_BF, 0.0)
-        levels = decode_nested(codes_BF, params["w_dec_FD"], self.level_widths, compute.dtype)
+        levels = decode_nested(codes_BF, params["w_dec_FD"], self.level_widths, compute)
         return levels, jnp.sum(codes_BF > 0, axis=0, dtype=jnp.int32)
 
     def _by_pairs(

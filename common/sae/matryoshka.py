@@ -50,7 +50,7 @@ class MatryoshkaJumpRelu(JumpRelu):
     def fitted(self, params: Params, x_BD: Array, target_BD: Array, codes_BF: Array, compute: Compute) -> Fit:
         """The sum over levels."""
         widths = widths_at(self.latents, self.levels)
-        nested = decode_nested(codes_BF, params["w_dec_FD"], widths, compute.dtype)
+        nested = decode_nested(codes_BF, params["w_dec_FD"], widths, compute)
         bias_BD = jnp.broadcast_to(params["b_dec_D"][None], target_BD.shape)
         bias_BD = self.with_skip(params, x_BD, bias_BD, compute)
         return fit_nested(self.reconstruction, target_BD, [recon_BD + bias_BD for recon_BD in nested])

@@ -14,6 +14,7 @@ from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Moment
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.matryoshka import widths_at
+from saex_pipe.common.sae.compute import PLAIN
 from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs
 from saex_pipe.common.sae.pairs import Pairs
 from saex_pipe.common.sae.sharding import shardings
@@ -39,7 +40,7 @@ def test_levels_and_their_gradients_equal_decoding_each_by_itself() -> None:
 
     def dense(values_P: jax.Array, w_dec_FD: jax.Array) -> list[jax.Array]:
         codes_BF = jnp.zeros((ROWS, LATENTS)).at[rows_P, latents_P].set(values_P)
-        return decode_nested(codes_BF, w_dec_FD, WIDTHS, "float32")
+        return decode_nested(codes_BF, w_dec_FD, WIDTHS, PLAIN)
 
     def by_pairs(values_P: jax.Array, w_dec_FD: jax.Array) -> list[jax.Array]:
         return decode_nested_pairs(Pairs(values_P, rows_P, latents_P), w_dec_FD, WIDTHS, ROWS)
@@ -62,7 +63,7 @@ def test_levels_and_their_gradients_equal_decoding_each_by_itself() -> None:
 def test_all_levels_cost_as_much_as_the_last() -> None:
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 512), (512, 64))]
     whole, nested = (
-        jax.jit(lambda codes, w, widths=widths: decode_nested(codes, w, widths, "float32")).lower(*shapes)
+        jax.jit(lambda codes, w, widths=widths: decode_nested(codes, w, widths, PLAIN)).lower(*shapes)
         for widths in ((512,), widths_at(512, ()))
     )
     products, sums = 2 * 256 * 512 * 64, 4 * 256 * 64

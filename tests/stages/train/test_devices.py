@@ -97,9 +97,9 @@ def test_two_processes_train_one_sae_together(store, tmp_path, on_one, use):
     assert [(report["steps"], report["devices"]) for report in reports] == [(8, 8)] * 2
     assert_alike(out, on_one)
     written = (out / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in written if "loss" in line]
-    assert steps[-1] == 8
-    assert steps == sorted(set(steps)), "only one of the two logs"
+    rows = [event["rows"] for event in map(json.loads, written) if "rows" in event]
+    assert rows[-1] == SETTINGS["rows"]
+    assert rows == sorted(set(rows)), "only one of the two logs"
     assert sorted(int(path.name) for path in (out / "state").iterdir()) == [4, 8]
     use(2)
     for name in ("manifest.json", "state/8"):  # as if both had been killed after step 4
