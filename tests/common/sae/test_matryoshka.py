@@ -10,11 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from saex_pipe.common.mesh import DATA, make_mesh
-from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import Moment
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.matryoshka import widths_at
-from saex_pipe.common.sae.compute import PLAIN
 from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs
 from saex_pipe.common.sae.pairs import Pairs
 from saex_pipe.common.sae.sharding import shardings
