@@ -33,7 +33,7 @@ BLOCK_BYTES = 2**21  # of a block of batch rows
 WAVES_AHEAD_BYTES = 2**21  # a microsecond's worth of v5p's HBM, and below a sixth of what a kernel may use
 MOST_WAVES_AHEAD = 16
 
-# Reads the wave (first batch row in the block, its 8 rows and the rank k that they have), as 8 float32 rows.
+# What is done with a wave: the first of its eight batch rows in the block, the rank k, and the rows as float32 [8, D].
 Visit = Callable[[Array, Array, Array], None]
 
 
