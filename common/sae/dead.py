@@ -5,8 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae.compute import Compute
@@ -35,14 +36,25 @@ def decode_dead(
     """``codes_of(pre-activations of the dead latents) W_dec``, float32, without bias; 0 where no latent is dead.
 
     It is compiled for M = ``smallest``, four times that and all latents, and the first of them that holds the dead
-    latents runs. Under ``vmap`` all of them do. w_enc_DF, b_enc_F, w_dec_FD and what ``variant.centre`` reads get a
-    gradient.
+    latents runs; of a stack the first that holds those of every SAE. w_enc_DF, b_enc_F, w_dec_FD and what
+    ``variant.centre`` reads get a gradient.
     """
     decode: Callable[..., Array] = partial(_decode, variant, codes_of, compute, smallest)
     if compute.mesh is not None:
         cut = {name: partition(name, leaf.shape, dead_F.shape[0]) for name, leaf in params.items()}
         decode = on_each_device(compute.mesh, decode, (cut, P(DATA), P(MODEL)), P(DATA))
     return decode(params, x_BD, dead_F)
+
+
+@custom_vmap
+def _of_stack(branch: Int[Array, ""]) -> Int[Array, ""]:
+    """``branch``, under ``vmap`` the largest of the stack: a switch by a number that differs would run every branch."""
+    return branch
+
+
+@_of_stack.def_vmap
+def _largest_of_stack(size: int, batched: list[bool], branch_S: Int[Array, " S"]) -> tuple[Int[Array, ""], bool]:
+    return jnp.max(branch_S) if batched[0] else branch_S, False
 
 
 def _decode(
@@ -70,5 +82,5 @@ def _decode(
 
     most = dead_count if compute.mesh is None else jax.lax.pmax(dead_count, MODEL)
     branch = jnp.sum(most > jnp.array([0, *sizes[:-1]]), dtype=jnp.int32)
-    own_BD = jax.lax.switch(branch, [none_dead, *(partial(at_most, size) for size in sizes)], params)
+    own_BD = jax.lax.switch(_of_stack(branch), [none_dead, *(partial(at_most, size) for size in sizes)], params)
     return own_BD if compute.mesh is None else jax.lax.psum(own_BD, MODEL)

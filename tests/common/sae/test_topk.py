@@ -95,3 +95,21 @@ def test_decoder_gradient_has_no_part_along_its_rows(toy_rows: Callable[..., jax
     assert np.abs(along_F).max() > 1e-3
     np.testing.assert_allclose((projected_FD * w_dec_FD).sum(axis=1), 0.0, atol=1e-7)
     np.testing.assert_allclose(projected_FD + along_F[:, None] * w_dec_FD, gradient_FD, atol=1e-7)
+
+
+def test_a_stack_runs_the_auxiliary_loss_at_one_size_for_all(toy_rows: Callable[..., jax.Array]) -> None:
+    """A switch stays one: under vmap it would become a selection among all of its branches, each computed."""
+    x_BD = toy_rows(0, 64)
+    singles = [start_with_dead_latents(x_BD), start_with_dead_latents(x_BD + 1)]
+    dead_SF = jnp.stack([jnp.arange(48) < n for n in (0, 24)])
+
+    def auxiliary(params: Params, dead_F: jax.Array) -> jax.Array:
+        return TOPK.loss(params, x_BD, x_BD, moment(dead_F))[1].auxiliary
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
+    program = str(jax.make_jaxpr(jax.vmap(jax.grad(auxiliary)))(stacked, dead_SF))
+    assert "branches=" in program
+    found_S = jax.jit(jax.vmap(auxiliary))(stacked, dead_SF)
+    expected = [float(jax.jit(auxiliary)(params, dead_F)) for params, dead_F in zip(singles, dead_SF, strict=True)]
+    np.testing.assert_allclose(found_S, expected, rtol=1e-5)
+    assert expected[0] == 0 < expected[1]
