@@ -56,7 +56,7 @@ def test_a_plan_as_a_table_and_as_json(capsys):
     assert plan["memory"]["argument_bytes"] == pytest.approx(3 * 4 * 2 * 256 * 1024 + 2 * 1024 * 512, rel=0.01)
     main(arguments)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "relu, 4,096 latents, rows of 256" in shown
+    assert "relu, 4,096 latents on rows of 256" in shown
     assert "v5e:2x4, 8 chips: data 2 x model 4" in shown
 
 
