@@ -170,5 +170,7 @@ def _type(annotation: Any) -> str:
         return " or ".join(map(_type, get_args(annotation)))
     if annotation is type(None):
         return "none"
+    if get_origin(annotation) is tuple:
+        return f"list of {_type(get_args(annotation)[0])}"
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
     return text.replace("typing.", "").replace("Annotated", "")

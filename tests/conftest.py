@@ -18,7 +18,12 @@ for name, value in SETTINGS.items():
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.fixture(autouse=True)
-def train_on_one_device(monkeypatch):
-    """The train stage takes all devices there are; here only one, except where a test is about several."""
-    monkeypatch.setattr("saex_pipe.stages.train.devices.available", lambda: jax.devices()[:1])
+@pytest.fixture(autouse=True, scope="session")
+def train_on_one_device():
+    """The train stage takes all devices there are; here only one, except where a test is about several.
+
+    In force before fixtures of modules, which train, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saex_pipe.stages.train.devices.available", lambda: jax.devices()[:1])
+        yield

@@ -6,7 +6,6 @@ A stretch of the run is up to 1 a share of all steps, above 1 a number of steps.
 from typing import Literal
 
 from saex_pipe.common.config import StageConfig, setting
-from saex_pipe.common.sae.optimiser import ADAM_EPSILON
 
 
 class OptimiserSettings(StageConfig):
@@ -43,7 +42,7 @@ class OptimiserSettings(StageConfig):
         lt=1,
     )
     beta_square: float = setting(0.999, unit="per step", meaning="decay of adam's second moment", gt=0, lt=1)
-    epsilon: float = setting(ADAM_EPSILON, unit="", meaning="what adam adds to the root of the second moment", gt=0)
+    epsilon: float = setting(6.25e-10, unit="", meaning="what adam adds to the root of the second moment", gt=0)
     clip_norm: float | None = setting(
         1.0, unit="", meaning="global norm that gradients are scaled down to; none: never", gt=0
     )

@@ -106,7 +106,10 @@ COMMANDS = {
         RUN + " --set train.expansion=2 --force",
         r"train.latents = 64 and train.expansion = 2.*one",
     ),
-    "k for relu": ("train {recipe} --out {out} --set variant=relu --force", r"relu takes no k \(got 4\); set spars"),
+    "k for relu": (
+        "train {recipe} --out {out} --set variant=relu --force",
+        r"relu takes no k \(got 4\); its settings",
+    ),
     "unknown tap to train on": (
         RUN + " --set train.tap=blocks.1.resid_pre --force",
         r"no tap 'blocks.1.resid_pre'; it",
@@ -467,7 +470,7 @@ DAMAGE = {  # id: (what is done, the command line, exit status, the line)
         lambda p: cut(p.out / "sae/sae_weights.safetensors", 900),
         "evaluate {recipe} --out {out} --force --set batch_windows=2",
         2,
-        r"{out}/sae holds a damaged SAE \(.*\); train it again with --force",
+        r"{out}/sae holds a damaged SAE \(.*\); write or fetch it again",
     ),
     "SAE without weights": (
         lambda p: (p.out / "sae/sae_weights.safetensors").unlink(),

@@ -91,7 +91,7 @@ def contents(out):
             data = {key: value for key, value in json.loads(data).items() if key not in ("timings", "finished_at")}
         if name.startswith("sae/state/"):
             name, data = "/".join(name.split("/")[:3]), b""  # which checkpoints there are, not how Orbax packs them
-        if path.name != "metrics.jsonl":
+        if path.name not in ("metrics.jsonl", "report.html"):  # which tell of times
             found[name] = data
     return found
 
@@ -160,10 +160,10 @@ def test_killed_at_random_moments_in_every_stage(chains, name, seed, moments):
 _RECORD_STEPS = """
 from saex_pipe.common.formats.row_reader import RowReader
 batch = RowReader.batch
-def recorded(reader, step):
+def recorded(reader, step, *options):
     with open({steps!r}, "a") as file:
         print(step, file=file)
-    return batch(reader, step)
+    return batch(reader, step, *options)
 RowReader.batch = recorded
 """
 

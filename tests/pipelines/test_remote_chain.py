@@ -50,7 +50,7 @@ def roots():
 
 def results(folder):
     """Every object that says neither when nor where it was made."""
-    volatile = ("manifest.json", "metrics.jsonl")
+    volatile = ("manifest.json", "metrics.jsonl", "report.html")
     names = [name for name in folder.list() if not name.endswith(volatile) and "/state/" not in name]
     return {name: data for name, data in folder.read_many(names).items() if not name.endswith("saex.json")}
 
