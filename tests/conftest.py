@@ -2,13 +2,23 @@
 
 Dtypes and ranks never promote silently, and the CPU counts as eight devices, so that code for one device and code
 for many are both at hand. The first two reach the processes that tests start; the eight devices stay in this one,
-since a command that finds eight would spread its work over them.
+since a command that finds eight would spread its work over them. Programs that one process has compiled the others
+find in a folder that lasts as long as the suite, which halves its time: commands are killed and started again often.
 """
 
 import os
+import tempfile
 
-SETTINGS = {"JAX_PLATFORMS": "cpu", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-os.environ.update(SETTINGS)
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+SETTINGS: dict[str, str | float] = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.0,
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": 0,
+}
+os.environ.update({name: str(value) for name, value in SETTINGS.items()})
 
 import jax  # noqa: E402 - after the environment that it reads
 import pytest  # noqa: E402

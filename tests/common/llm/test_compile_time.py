@@ -63,9 +63,17 @@ def compile_seconds(name: str, layers: int, case: str) -> float:
     return time.process_time() - started
 
 
+@pytest.fixture
+def uncached():
+    """Without the suite's folder of compiled programs."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["mid", "logits"])
-def test_compile_time_does_not_grow_with_depth(case):
+def test_compile_time_does_not_grow_with_depth(case, uncached):
     compile_seconds("grouped", FEW, case)
     pairs = [(compile_seconds("grouped", FEW, case), compile_seconds("grouped", MANY, case)) for _ in range(9)]
     few, many = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
