@@ -111,4 +111,4 @@ def test_training_goes_on_from_a_checkpoint_in_a_bucket(recipe, local, roots, ki
     assert seen == [*range(8), *range(6, 10)]
     name = "sae_weights.safetensors"
     assert Folder(config.out).read(name) == local.child("sae").read(name)
-    assert Folder(config.out).list("state/") == ["state/000000000010.tar"]
+    assert Folder(config.out).list("state/") == ["state/000000000008.tar", "state/000000000010.tar"]
