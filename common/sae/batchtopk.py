@@ -81,16 +81,7 @@ class BatchTopK(Variant):
         auxk = partial(auxk_loss, k=self.k_auxiliary, stride=self.auxiliary_stride)
         auxiliary = auxk(self, params, x_BD, target_BD - levels[-1], moment.dead_F, compute)
         auxiliary *= self.auxiliary_coefficient
-        total = fitted.loss + auxiliary
-        return total, LossTerms(
-            total=total,
-            reconstruction=fitted.loss,
-            sparsity=jnp.zeros((), jnp.float32),
-            auxiliary=auxiliary,
-            l0=jnp.sum(active_F).astype(jnp.float32) / rows,
-            fvu=fitted.fvu,
-            active_F=active_F,
-        )
+        return LossTerms.of(fitted, active_F, rows, auxiliary=auxiliary)
 
     @property
     def most(self) -> int:

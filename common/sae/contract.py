@@ -21,7 +21,7 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.initial import DataStats, Initial, initial_params
 from saex_pipe.common.sae.matmul import matmul
-from saex_pipe.common.sae.reconstruction import Reconstruction
+from saex_pipe.common.sae.reconstruction import Fit, Reconstruction
 
 # Float32 arrays w_enc_DF [D_in, F], b_enc_F [F], w_dec_FD [F, D_out], b_dec_D [D_out]; with ``skip`` w_skip_DD
 # [D_in, D_out] too, and whatever else a variant has. Latents are the axis called F in the name.
@@ -56,6 +56,22 @@ class LossTerms(NamedTuple):
     l0: Float[Array, ""]  # active latents per row
     fvu: Float[Array, ""]  # fraction of the batch's variance left unexplained
     active_F: Int[Array, " F"]  # rows of the batch on which the latent was active
+
+    @staticmethod
+    def of(
+        fitted: Fit,
+        active_F: Int[Array, " F"],
+        rows: int,
+        *,
+        sparsity: Float[Array, ""] | None = None,
+        auxiliary: Float[Array, ""] | None = None,
+    ) -> "tuple[Float[Array, ''], LossTerms]":
+        """The loss, which is the sum of its parts, and the terms of a batch of ``rows``; None is a part of 0."""
+        sparsity = jnp.zeros((), jnp.float32) if sparsity is None else sparsity
+        auxiliary = jnp.zeros((), jnp.float32) if auxiliary is None else auxiliary
+        total = fitted.loss + sparsity + auxiliary
+        l0 = jnp.sum(active_F).astype(jnp.float32) / rows
+        return total, LossTerms(total, fitted.loss, sparsity, auxiliary, l0, fitted.fvu, active_F)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,16 +74,7 @@ class Dense(Variant):
         auxiliary = self.remedy(params, found, x_BD, target_BD - recon_BD, fitted, moment, compute)
         auxiliary += self.further_loss(params, found, x_BD, target_BD, compute)
         active_F = jnp.sum(found.codes_BF > 0, axis=0, dtype=jnp.int32)
-        total = fitted.loss + sparsity + auxiliary
-        return total, LossTerms(
-            total=total,
-            reconstruction=fitted.loss,
-            sparsity=sparsity,
-            auxiliary=auxiliary,
-            l0=jnp.sum(active_F).astype(jnp.float32) / x_BD.shape[0],
-            fvu=fitted.fvu,
-            active_F=active_F,
-        )
+        return LossTerms.of(fitted, active_F, x_BD.shape[0], sparsity=sparsity, auxiliary=auxiliary)
 
     @abstractmethod
     def penalise(self, params: Params, penalised_BF: Float[Array, "B F"], moment: Moment) -> Float[Array, ""]:

@@ -131,17 +131,8 @@ class JumpRelu(Variant):
         fitted = self.fitted(params, x_BD, target_BD, codes_BF, compute)
         sparsity = moment.sparsity_scale * self.sparsity_coefficient * self._penalty(params, z_BF, codes_BF)
         auxiliary = self._pull(params, z_BF, moment.dead_F)
-        total = fitted.loss + sparsity + auxiliary
         active_F = jnp.sum(codes_BF > 0, axis=0, dtype=jnp.int32)
-        return total, LossTerms(
-            total=total,
-            reconstruction=fitted.loss,
-            sparsity=sparsity,
-            auxiliary=auxiliary,
-            l0=jnp.sum(active_F).astype(jnp.float32) / x_BD.shape[0],
-            fvu=fitted.fvu,
-            active_F=active_F,
-        )
+        return LossTerms.of(fitted, active_F, x_BD.shape[0], sparsity=sparsity, auxiliary=auxiliary)
 
     def fitted(self, params: Params, x_BD: Array, target_BD: Array, codes_BF: Array, compute: Compute) -> Fit:
         """How well the codes reconstruct the target, as it enters the loss."""

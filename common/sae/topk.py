@@ -84,16 +84,8 @@ class TopK(Variant):
             k=self.k_auxiliary,
             stride=self.auxiliary_stride,
         )
-        total = fitted.loss + auxiliary
-        return total, LossTerms(
-            total=total,
-            reconstruction=fitted.loss,
-            sparsity=jnp.zeros((), jnp.float32),
-            auxiliary=auxiliary,
-            l0=jnp.mean(jnp.sum(active.values_BK > 0, axis=1, dtype=jnp.float32)),
-            fvu=fitted.fvu,
-            active_F=rows_active(active, self.latents, compute),
-        )
+        active_F = rows_active(active, self.latents, compute)
+        return LossTerms.of(fitted, active_F, x_BD.shape[0], auxiliary=auxiliary)
 
     def _active_now(self, params: Params, x_BD: Array, moment: Moment, compute: Compute) -> ActiveCodes:
         """The active latents at the k of the moment; those of higher rank have codes of 0."""
