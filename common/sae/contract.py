@@ -212,9 +212,15 @@ def variant(*, swept: tuple[str, ...] = ()) -> Callable[[type[V]], type[V]]:
     return register
 
 
+def axes_of(name: str) -> str:
+    """The axes in which the name of an array ends: ``"DF"`` of ``w_enc_DF``, ``""`` where there are none."""
+    axes = name.rpartition("_")[2]
+    return axes if axes.isalpha() and axes.isupper() else ""
+
+
 def latent_axis(name: str) -> int | None:
     """Which axis of the parameter of that name is the latents', None where it has none."""
-    axes = name.rpartition("_")[2]
+    axes = axes_of(name)
     return axes.index("F") if "F" in axes else None
 
 

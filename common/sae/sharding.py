@@ -12,14 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.mesh import MODEL
+from saex_pipe.common.sae.contract import axes_of
 
 LATENTS = "F"
-
-
-def axes_of(name: str) -> str:
-    """The axes in which the name of an array ends: ``"DF"`` of ``w_enc_DF``, ``""`` where there are none."""
-    axes = name.rpartition("_")[2]
-    return axes if axes.isalpha() and axes.isupper() else ""
 
 
 def partition(name: str, shape: tuple[int, ...], latents: int) -> PartitionSpec:
