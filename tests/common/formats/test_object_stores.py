@@ -201,7 +201,12 @@ def test_a_conditional_shard_survives_requests_that_fail(remote, fault):
     before = store.writer.generations(windows)
     server.faults.append(times(2, FAULTS[fault], upload))
     arguments = windows, store.tokens_NL[part], store.keep_NL[part], {"a": store.acts_NLD[part]}
-    store.writer.write_shard(*arguments, over=before)
+    entry = store.writer.write_shard(*arguments, over=before)
+    assert entry["windows"] == [windows.start, windows.stop]
+    after = store.writer.generations(windows)
+    assert all(after[name] != before[name] for name in before), "what a lost answer hid has been written"
+    with pytest.raises(Overtaken):  # others come too late; the same bytes once more would be one's own lost answer
+        store.writer.write_shard(*arguments[:3], {"a": -store.acts_NLD[part]}, over=before)
 
 
 @pytest.mark.parametrize(
