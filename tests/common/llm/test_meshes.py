@@ -1,11 +1,6 @@
 """Models on meshes of eight devices, in one process and in two, against the same models on one device."""
 
-import json
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +8,7 @@ import mesh_models
 import numpy as np
 import pytest
 from mesh_models import CONFIGS, LENGTH, MODEL_AXES, WINDOWS, largest_error, on_a_mesh, single_device, write_tiny
+from processes import run_processes
 
 from saex_pipe.common.aot import count_collectives
 from saex_pipe.common.errors import InputError
@@ -72,7 +68,7 @@ def test_two_processes_equal_one_device(names, tiny, tmp_path):
     wrong = {**tiny(names[0])[1]}
     wrong["logits"] = wrong["logits"] * (1 + 1e-3 * (np.arange(WINDOWS) == WINDOWS - 1))[:, None, None]
     np.savez(tmp_path / "wrong" / "expected.npz", **wrong)
-    reports = run_processes(2, tmp_path)
+    reports = run_processes(mesh_models.__file__, 2, tmp_path)
     cases = {f"{name} {axis}" for name in names for axis in MODEL_AXES}
     for report in reports:
         assert report["devices"] == [4, 8]
@@ -81,25 +77,6 @@ def test_two_processes_equal_one_device(names, tiny, tmp_path):
     first, second = (report["errors"] for report in reports)
     assert first["wrong 4"] <= LIMIT < second["wrong 4"]
     assert min(first["wrong 8"], second["wrong 8"]) > LIMIT  # without a data axis both hold parts of every window
-
-
-def run_processes(count: int, folder: Path) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, mesh_models.__file__, str(port), str(count), str(folder)]
-    running = [
-        subprocess.Popen([*command, str(process)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for process in range(count)
-    ]
-    try:
-        ended = [process.communicate(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, (_, complaint) in zip(running, ended, strict=True):
-        assert process.returncode == 0, complaint[-2000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in ended]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,10 +1,6 @@
 """Training on meshes of eight devices, in one process and in two, against the same training on one device."""
 
-import json
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 import sae_on_meshes
 from jax.sharding import PartitionSpec as P
+from processes import run_processes
 from sae_on_meshes import LATENTS, MODEL_AXES, RATE, WIDTH, batch_BD, largest_error, place, start, trained, variant_of
 
 from saex_pipe.common.errors import InputError
@@ -84,30 +81,11 @@ def test_training_in_two_processes_equals_that_in_one(tmp_path: Path, on_one_dev
         np.savez(tmp_path / f"{name}-{DEAD}-{axis}.npz", **on_one_device(name))
     changed = {key: leaf * 1.001 if leaf.dtype == np.float32 else leaf for key, leaf in on_one_device("relu").items()}
     np.savez(tmp_path / "relu-0-1.npz", **changed)
-    for report in run_processes(2, tmp_path):
+    for report in run_processes(sae_on_meshes.__file__, 2, tmp_path):
         assert report["devices"] == [4, 8]
         assert report["errors"].pop("relu-0-1") > LIMIT
         assert report["errors"].keys() == {f"{name}-{DEAD}-{axis}" for name, axis in cases}
         assert max(report["errors"].values()) <= LIMIT
-
-
-def run_processes(count: int, folder: Path) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, sae_on_meshes.__file__, str(port), str(count), str(folder)]
-    running = [
-        subprocess.Popen([*command, str(process)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for process in range(count)
-    ]
-    try:
-        ended = [process.communicate(timeout=900) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, (_, complaint) in zip(running, ended, strict=True):
-        assert process.returncode == 0, complaint[-2000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in ended]
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "adam_8bit"])
