@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float
 from saex_pipe.common.mesh import MODEL
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Params, Variant
-from saex_pipe.common.sae.dead import decode_dead
+from saex_pipe.common.sae.dead import DeadCodes, decode_dead
 from saex_pipe.common.sae.reconstruction import ratio_or_zero, squared_error_and_variance
+from saex_pipe.common.sae.select import row_cuts
 
 
 def auxk_loss(
@@ -36,8 +37,8 @@ def auxk_loss(
     """L_aux of the batch, float32; 0 where no latent is dead.
 
     Args:
-        variant: says what the encoder reads (``centre``).
-        params: of which w_enc_DF, b_enc_F, w_dec_FD (and b_dec_D through ``centre``) get a gradient.
+        variant: says what the encoder reads (``b_pre``).
+        params: of which w_enc_DF, b_enc_F, w_dec_FD (and b_dec_D through ``b_pre``) get a gradient.
         x_BD: input, normalised.
         residual_BD: target minus reconstruction; gets no gradient.
         dead_F: the latents that count as dead.
@@ -48,16 +49,16 @@ def auxk_loss(
     x_BD, residual_BD = x_BD[::stride], jax.lax.stop_gradient(residual_BD[::stride])
     k = min(k or max(1, residual_BD.shape[1] // 2), dead_F.shape[0])
 
-    def largest(z_BM: Array, is_dead_M: Array) -> Array:
-        chosen_BM = jnp.broadcast_to(is_dead_M[None], z_BM.shape)
-        if z_BM.shape[1] > k or compute.mesh is not None:
-            dead_z_BM = jnp.where(chosen_BM, jax.lax.stop_gradient(z_BM), -jnp.inf)
-            largest_BK = jax.lax.top_k(dead_z_BM, min(k, z_BM.shape[1]))[0]
-            if compute.mesh is not None:
-                largest_BK = jax.lax.top_k(jax.lax.all_gather(largest_BK, MODEL, axis=1, tiled=True), k)[0]
-            chosen_BM &= dead_z_BM >= largest_BK[:, -1:]
-        return jnp.where(chosen_BM, z_BM, 0.0)
+    axis = None if compute.mesh is None else MODEL
 
-    recon_BD = decode_dead(variant, params, x_BD, dead_F, largest, compute, smallest=k)
+    def cut(z_BM: Array, is_dead_M: Array) -> Array:
+        if z_BM.shape[1] <= k and axis is None:
+            return jnp.full((z_BM.shape[0], 1), -jnp.inf)
+        return row_cuts(jnp.where(is_dead_M[None], z_BM, -jnp.inf), k, axis)
+
+    def largest(z_BM: Array, is_dead_M: Array, cut_B1: Array) -> Array:
+        return jnp.where(is_dead_M[None] & (z_BM >= cut_B1), z_BM, 0.0)
+
+    recon_BD = decode_dead(variant, params, x_BD, dead_F, DeadCodes(cut, largest), compute, smallest=k)
     error, variance = squared_error_and_variance(residual_BD, recon_BD)
     return jnp.minimum(1.0, jnp.sum(dead_F, dtype=jnp.int32) / k) * ratio_or_zero(error, variance)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.sae.select import GROUP
+from saex_pipe.common.sae.select import GROUP, Scores, as_they_are, every_column, group_maxima
 
 SMALLEST = np.float32(np.finfo(np.float32).tiny)  # what is below it counts as 0
 
@@ -46,23 +46,23 @@ def cut(values: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Float[Ar
 
 
 def largest(
-    values_BF: Float[Array, "B F"], most: int, count: int | Int[Array, ""]
+    u_BF: Float[Array, "B F"], most: int, count: int | Int[Array, ""], of: Scores = as_they_are
 ) -> tuple[Int[Array, " P"], Bool[Array, " P"]]:
-    """Places (row F + column, int32) of the ``count`` largest positive entries, and which of them are taken.
+    """Places (row F + column, int32) of the ``count`` largest positive scores, and which of them are taken.
 
     Exactly ``count`` are taken, or all that are positive where those are fewer; of equal entries at the end any.
     ``most`` is the static length P of the result, at least ``count``. The places of what is not taken are 0.
     """
-    _refuse_too_many(values_BF)
-    rows, columns = values_BF.shape
+    _refuse_too_many(u_BF)
+    rows, columns = u_BF.shape
     groups = columns // GROUP
     if columns % GROUP or rows * groups <= most:  # too few groups to leave anything out
-        return _compacted(values_BF.reshape(-1), most, count)
-    maxima_BG = jnp.max(values_BF.reshape(rows, GROUP, groups), axis=1)
-    groups_P, held_P = _compacted(maxima_BG.reshape(-1), most, most)
+        return _compacted(of(u_BF, every_column).reshape(-1), most, count)
+    groups_P, held_P = _compacted(group_maxima(u_BF, of).reshape(-1), most, most)
     first_P = groups_P // groups * columns + groups_P % groups
     places_PR = first_P[:, None] + groups * jnp.arange(GROUP, dtype=jnp.int32)[None]
-    candidates_PR = jnp.where(held_P[:, None], values_BF.reshape(-1)[places_PR], 0.0)
+    scores_PR = of(u_BF.reshape(-1)[places_PR], lambda vector_F: vector_F[places_PR % columns])
+    candidates_PR = jnp.where(held_P[:, None], scores_PR, 0.0)
     chosen_P, taken_P = _compacted(candidates_PR.reshape(-1), most, count)
     return jnp.where(taken_P, places_PR.reshape(-1)[chosen_P], 0), taken_P
 

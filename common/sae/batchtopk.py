@@ -14,6 +14,7 @@ with thresholds that are set once, after training (``calibration``). Until then 
 k may fall: with ``k_start`` it goes linearly from there to k over the first ``k_fraction`` of the steps.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -26,10 +27,12 @@ from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.crossover import Sizes
 from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.matmul import centred_matmul
 from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs, fit_nested
 from saex_pipe.common.sae.pairs import Pairs, encoded, pays
 from saex_pipe.common.sae.reconstruction import Reconstruction
 from saex_pipe.common.sae.schedules import k_now
+from saex_pipe.common.sae.select import every_column
 from saex_pipe.common.sae.straight_through import above
 
 
@@ -88,12 +91,14 @@ class BatchTopK(Variant):
         """Active latents per row at most, on average."""
         return max(self.k, self.k_start or self.k)
 
-    def scores(self, params: Params, z_BF: Float[Array, "B F"]) -> Float[Array, "B F"]:
-        """By what the latents of a batch are compared; without gradient."""
-        scores_BF = jax.nn.relu(z_BF)
+    def scores(
+        self, params: Params, z_BC: Float[Array, "B C"], pick: Callable[[Array], Array] = every_column
+    ) -> Float[Array, "B C"]:
+        """By what the latents of a batch are compared, of those that ``pick`` picks; without gradient."""
+        scores_BC = jax.nn.relu(z_BC)
         if self.rank_by_decoder_norm:
-            scores_BF = scores_BF * self.decoder_norms(params)[None]
-        return jax.lax.stop_gradient(scores_BF)
+            scores_BC = scores_BC * pick(self.decoder_norms(params))
+        return jax.lax.stop_gradient(scores_BC)
 
     def _dense(
         self, params: Params, x_BD: Array, count: Int[Array, ""], compute: Compute
@@ -110,12 +115,17 @@ class BatchTopK(Variant):
     ) -> tuple[list[Array], Int[Array, " F"]]:
         """The same by way of the active latents only."""
         rows = x_BD.shape[0]
-        z_BF = jax.lax.stop_gradient(self.pre_activations(params, x_BD, compute))
-        places_P, taken_P = largest(self.scores(params, z_BF), rows * self.most, count)
-        values_P = jnp.where(taken_P, z_BF.reshape(-1)[places_P], 0.0)
-        pairs = Pairs(values_P, places_P // self.latents, places_P % self.latents)
-        b_pre_D = params["b_dec_D"] if self.subtracts_decoder_bias else jnp.zeros(x_BD.shape[1], jnp.float32)
-        pairs = pairs._replace(values_P=encoded(x_BD, b_pre_D, params["w_enc_DF"], params["b_enc_F"], pairs))
+        held = jax.lax.stop_gradient(params)
+        u_BF = centred_matmul(x_BD, self.b_pre(held), held["w_enc_DF"], compute.dtype)
+
+        def scores(u_BC: Array, pick: Callable[[Array], Array]) -> Array:
+            return self.scores(held, u_BC + pick(held["b_enc_F"]), pick)
+
+        places_P, taken_P = largest(u_BF, rows * self.most, count, scores)
+        latents_P = places_P % self.latents
+        values_P = jnp.where(taken_P, u_BF.reshape(-1)[places_P] + held["b_enc_F"][latents_P], 0.0)
+        pairs = Pairs(values_P, places_P // self.latents, latents_P)
+        pairs = pairs._replace(values_P=encoded(x_BD, self.b_pre(params), params["w_enc_DF"], params["b_enc_F"], pairs))
         levels = decode_nested_pairs(pairs, params["w_dec_FD"], self.level_widths, rows)
         positive_P = (values_P > 0).astype(jnp.int32)
         return levels, jnp.zeros(self.latents, jnp.int32).at[pairs.latents_P].add(positive_P)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.initial import DataStats, Initial, initial_params
-from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.matmul import centred_matmul, matmul
 from saex_pipe.common.sae.reconstruction import Fit, Reconstruction
 
 # Float32 arrays w_enc_DF [D_in, F], b_enc_F [F], w_dec_FD [F, D_out], b_dec_D [D_out]; with ``skip`` w_skip_DD
@@ -153,13 +153,14 @@ class Variant(ABC):
         """Whether ``b_dec`` is taken off the input before it is encoded."""
         return self.centred and not self.transcoder
 
-    def centre(self, params: Params, x_BD: Float[Array, "B D_in"]) -> Float[Array, "B D_in"]:
-        """What the encoder's matrix reads."""
-        return x_BD - params["b_dec_D"][None] if self.subtracts_decoder_bias else x_BD
+    def b_pre(self, params: Params) -> Float[Array, " D_in"]:
+        """What is taken off the input before the encoder's matrix reads it."""
+        return params["b_dec_D"] if self.subtracts_decoder_bias else jnp.zeros(params["w_enc_DF"].shape[0], jnp.float32)
 
     def pre_activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Float[Array, "B F"]:
         """``(x - b_pre) W_enc + b_enc``, float32."""
-        return matmul(self.centre(params, x_BD), params["w_enc_DF"], compute.dtype) + params["b_enc_F"][None]
+        z_BF = centred_matmul(x_BD, self.b_pre(params), params["w_enc_DF"], compute.dtype)
+        return z_BF + params["b_enc_F"][None]
 
     def shift_pre_activations(self, params: Params, shift_F: Float[Array, " F"]) -> Params:
         """Parameters whose every encoder adds ``shift_F`` to what ``x W_enc`` gives it."""

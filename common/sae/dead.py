@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.contract import Params, Variant
-from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.contract import Params, Variant, latent_axis
+from saex_pipe.common.sae.matmul import centred_matmul, matmul
 from saex_pipe.common.sae.sharded import on_each_device
 from saex_pipe.common.sae.sharding import partition
 
 SIZE_STEP = 4  # the numbers of dead latents that are compiled for: smallest, 4 smallest, all latents
 
-# Pre-activations z_BM of dead latents, and is_dead_M, false for those that only pad, to codes_BM, 0 for the latter.
-# On a mesh the M latents are one device's own.
-DeadCodes = Callable[[Array, Array], Array]
+
+class DeadCodes(NamedTuple):
+    """How pre-activations z_BM of dead latents become codes_BM; is_dead_M is false for latents that only pad.
+
+    On a mesh the M latents are one device's own.
+    """
+
+    mark: Callable[[Array, Array], Array]  # (z_BM, is_dead_M) to what codes depend on without a gradient, [B, 1]
+    codes: Callable[[Array, Array, Array], Array]  # (z_BM, is_dead_M, mark_B1) to codes_BM, 0 where only padded
 
 
 def decode_dead(
@@ -33,17 +40,23 @@ def decode_dead(
     *,
     smallest: int,
 ) -> Float[Array, "B D_out"]:
-    """``codes_of(pre-activations of the dead latents) W_dec``, float32, without bias; 0 where no latent is dead.
+    """``codes_of`` the pre-activations of the dead latents times W_dec, float32, without bias; 0 where none is dead.
 
     It is compiled for M = ``smallest``, four times that and all latents, and the first of them that holds the dead
-    latents runs; of a stack the first that holds those of every SAE. w_enc_DF, b_enc_F, w_dec_FD and what
-    ``variant.centre`` reads get a gradient.
+    latents runs; of a stack the first that holds those of every SAE. w_enc_DF, b_enc_F, w_dec_FD and
+    ``variant.b_pre`` get a gradient, ``x_BD`` gets none.
     """
-    decode: Callable[..., Array] = partial(_decode, variant, codes_of, compute, smallest)
-    if compute.mesh is not None:
-        cut = {name: partition(name, leaf.shape, dead_F.shape[0]) for name, leaf in params.items()}
-        decode = on_each_device(compute.mesh, decode, (cut, P(DATA), P(MODEL)), P(DATA))
-    return decode(params, x_BD, dead_F)
+    used = {name: params[name] for name in ("w_enc_DF", "b_enc_F", "w_dec_FD")}
+    how = _How(codes_of, compute, smallest)
+    if compute.mesh is None:
+        return _decode(how, used, variant.b_pre(params), x_BD, dead_F)
+
+    def own(used: Params, b_pre_D: Array, x_BD: Array, dead_F: Array) -> Array:
+        return jax.lax.psum(_decode(how, used, b_pre_D, x_BD, dead_F), MODEL)
+
+    cut = {name: partition(name, leaf.shape, dead_F.shape[0]) for name, leaf in used.items()}
+    decode = on_each_device(compute.mesh, own, (cut, P(), P(DATA), P(MODEL)), P(DATA))
+    return decode(used, variant.b_pre(params), x_BD, dead_F)
 
 
 @custom_vmap
@@ -57,30 +70,101 @@ def _largest_of_stack(size: int, batched: list[bool], branch_S: Int[Array, " S"]
     return jnp.max(branch_S) if batched[0] else branch_S, False
 
 
-def _decode(
-    variant: Variant,
-    codes_of: DeadCodes,
-    compute: Compute,
-    smallest: int,
-    params: Params,
-    x_BD: Array,
-    dead_F: Array,
-) -> Float[Array, "B D_out"]:
-    """On a mesh all but ``x_BD`` is of one device's own latents; the result is of those of all."""
+class _How(NamedTuple):
+    """What is static of ``_decode``."""
+
+    codes_of: DeadCodes
+    compute: Compute
+    smallest: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(how: _How, used: Params, b_pre_D: Array, x_BD: Array, dead_F: Array) -> Float[Array, "B D_out"]:
+    """On a mesh all but ``b_pre_D`` and ``x_BD`` is of one device's own latents, and so is the result.
+
+    Differentiated as it stands, the switch would hand over what every branch keeps for its gradient, zeros for those
+    that did not run: 40 ms of a step without dead latents. So the gradient has a switch of its own and computes the
+    pre-activations again.
+    """
+    return _forward(how, used, b_pre_D, x_BD, dead_F)[0]
+
+
+def _forward(
+    how: _How, used: Params, b_pre_D: Array, x_BD: Array, dead_F: Array
+) -> tuple[Array, tuple[Params, Array, Array, Array, Array]]:
+    rows, width = x_BD.shape[0], used["w_dec_FD"].shape[1]
+
+    def none_dead() -> tuple[Array, Array]:
+        return jnp.zeros((rows, width), jnp.float32), jnp.zeros((rows, 1), jnp.float32)
+
+    def some_dead(size: int) -> tuple[Array, Array]:
+        dead, is_dead_M = _first_dead(dead_F, size)
+        z_BM = _pre_activations(how.compute, _of(used, dead), b_pre_D, x_BD)
+        mark_B1 = how.codes_of.mark(z_BM, is_dead_M)
+        codes_BM = how.codes_of.codes(z_BM, is_dead_M, mark_B1)
+        return matmul(codes_BM, _of(used, dead)["w_dec_FD"], how.compute.dtype), mark_B1
+
+    out_BD, mark_B1 = _switch(how, dead_F, none_dead, some_dead)
+    return out_BD, (used, b_pre_D, x_BD, dead_F, mark_B1)
+
+
+def _backward(
+    how: _How, saved: tuple[Params, Array, Array, Array, Array], out_BD: Array
+) -> tuple[Params, Array, Array, Array]:
+    used, b_pre_D, x_BD, dead_F, mark_B1 = saved
+
+    def none_dead() -> tuple[Params, Array]:
+        return jax.tree.map(jnp.zeros_like, (used, b_pre_D))
+
+    def some_dead(size: int) -> tuple[Params, Array]:
+        dead, is_dead_M = _first_dead(dead_F, size)
+
+        def decode(of_dead: Params, b_pre_D: Array) -> Array:
+            z_BM = _pre_activations(how.compute, of_dead, b_pre_D, x_BD)
+            codes_BM = how.codes_of.codes(z_BM, is_dead_M, mark_B1)
+            return matmul(codes_BM, of_dead["w_dec_FD"], how.compute.dtype)
+
+        gradients, to_b_pre_D = jax.vjp(decode, _of(used, dead), b_pre_D)[1](out_BD)
+        if dead is None:
+            return gradients, to_b_pre_D
+        # Padding repeats a latent and adds 0 to its gradient.
+        back = {name: jnp.zeros_like(leaf).at[_columns(name, dead)].add(gradients[name]) for name, leaf in used.items()}
+        return back, to_b_pre_D
+
+    to_used, to_b_pre_D = _switch(how, dead_F, none_dead, some_dead)
+    return to_used, to_b_pre_D, jnp.zeros_like(x_BD), jnp.zeros(dead_F.shape, jax.dtypes.float0)
+
+
+_decode.defvjp(_forward, _backward)
+
+
+def _switch(how: _How, dead_F: Array, none_dead: Callable[[], Any], some_dead: Callable[[int], Any]) -> Any:
+    """The branch for as many latents as are dead."""
     latents, dead_count = dead_F.shape[0], jnp.sum(dead_F, dtype=jnp.int32)
-    sizes = sorted({min(size, latents) for size in (smallest, SIZE_STEP * smallest, latents)})
-
-    def none_dead(params: Params) -> Array:
-        return jnp.zeros((x_BD.shape[0], params["w_dec_FD"].shape[1]), jnp.float32)
-
-    def at_most(size: int, params: Params) -> Array:
-        (dead_M,) = jnp.nonzero(dead_F, size=size, fill_value=0)
-        centred_BD = variant.centre(params, x_BD)
-        z_BM = matmul(centred_BD, params["w_enc_DF"][:, dead_M], compute.dtype) + params["b_enc_F"][dead_M][None]
-        codes_BM = codes_of(z_BM, jnp.arange(size, dtype=jnp.int32) < dead_count)
-        return matmul(codes_BM, params["w_dec_FD"][dead_M], compute.dtype)
-
-    most = dead_count if compute.mesh is None else jax.lax.pmax(dead_count, MODEL)
+    sizes = sorted({min(size, latents) for size in (how.smallest, SIZE_STEP * how.smallest, latents)})
+    most = dead_count if how.compute.mesh is None else jax.lax.pmax(dead_count, MODEL)
     branch = jnp.sum(most > jnp.array([0, *sizes[:-1]]), dtype=jnp.int32)
-    own_BD = jax.lax.switch(_of_stack(branch), [none_dead, *(partial(at_most, size) for size in sizes)], params)
-    return own_BD if compute.mesh is None else jax.lax.psum(own_BD, MODEL)
+    return jax.lax.switch(_of_stack(branch), [none_dead, *(partial(some_dead, size) for size in sizes)])
+
+
+def _first_dead(dead_F: Array, size: int) -> tuple[Array | None, Array]:
+    """Numbers of the dead latents, padded to ``size``, and which of them are no padding; None: all in their order."""
+    if size == dead_F.shape[0]:
+        return None, dead_F
+    (dead_M,) = jnp.nonzero(dead_F, size=size, fill_value=0)
+    return dead_M, jnp.arange(size, dtype=jnp.int32) < jnp.sum(dead_F, dtype=jnp.int32)
+
+
+def _of(used: Params, dead_M: Array | None) -> Params:
+    if dead_M is None:
+        return used
+    return {name: leaf[_columns(name, dead_M)] for name, leaf in used.items()}
+
+
+def _columns(name: str, dead_M: Array) -> tuple[Any, ...]:
+    """An index of the parameter of that name along its axis of latents."""
+    return (*[slice(None)] * (latent_axis(name) or 0), dead_M)
+
+
+def _pre_activations(compute: Compute, used: Params, b_pre_D: Array, x_BD: Array) -> Float[Array, "B M"]:
+    return centred_matmul(x_BD, b_pre_D, used["w_enc_DF"], compute.dtype) + used["b_enc_F"][None]

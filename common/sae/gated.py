@@ -22,7 +22,7 @@ from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import DecoderRows, Params, variant
 from saex_pipe.common.sae.dense import SWEPT_WITH_PENALTY, Activations, Penalised
 from saex_pipe.common.sae.initial import DataStats
-from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.matmul import centred_matmul
 from saex_pipe.common.sae.reconstruction import fit
 
 
@@ -44,7 +44,7 @@ class Gated(Penalised):
 
     def activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Activations:
         """Penalised is relu(pi)."""
-        u_BF = matmul(self.centre(params, x_BD), params["w_enc_DF"], compute.dtype)
+        u_BF = centred_matmul(x_BD, self.b_pre(params), params["w_enc_DF"], compute.dtype)
         gate_BF = u_BF + params["b_enc_F"][None]
         magnitude_BF = jax.nn.relu(u_BF * jnp.exp(params["r_mag_F"])[None] + params["b_mag_F"][None])
         return Activations(gate_BF, jax.nn.relu(gate_BF), jnp.where(gate_BF > 0, magnitude_BF, 0.0))

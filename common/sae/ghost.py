@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from saex_pipe.common.mesh import MODEL
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Params, Variant, row_norms
-from saex_pipe.common.sae.dead import decode_dead
+from saex_pipe.common.sae.dead import DeadCodes, decode_dead
 from saex_pipe.common.sae.reconstruction import ratio_or_zero
 
 
@@ -41,8 +41,8 @@ def ghost_loss(
 
     Args:
         activation: h.
-        variant: says what the encoder reads (``centre``).
-        params: of which w_enc_DF, b_enc_F, w_dec_FD (and b_dec_D through ``centre``) get a gradient.
+        variant: says what the encoder reads (``b_pre``).
+        params: of which w_enc_DF, b_enc_F, w_dec_FD (and b_dec_D through ``b_pre``) get a gradient.
         x_BD: input, normalised.
         residual_BD: target minus reconstruction; gets no gradient.
         reconstruction_loss: L_rec, in any unit; gets no gradient.
@@ -52,16 +52,19 @@ def ghost_loss(
     """
     residual_BD, size = jax.lax.stop_gradient((residual_BD, reconstruction_loss))
 
-    def never_flat(z_BM: Array, is_dead_M: Array) -> Array:
+    def reference(z_BM: Array, is_dead_M: Array) -> Array:
+        """The row's largest, which g' is indifferent to."""
+        peak_B1 = jnp.max(jnp.where(is_dead_M[None], z_BM, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
+        return peak_B1 if compute.mesh is None else jax.lax.pmax(peak_B1, MODEL)
+
+    def never_flat(z_BM: Array, is_dead_M: Array, peak_B1: Array) -> Array:
         if activation == "softplus":
             return jnp.where(is_dead_M[None], jax.nn.softplus(z_BM), 0.0)
-        # Relative to the row's largest, which g' is indifferent to: neither overflows nor vanishes.
-        z_BM = jnp.where(is_dead_M[None], z_BM, jnp.finfo(jnp.float32).min)
-        peak_B1 = jax.lax.stop_gradient(jnp.max(z_BM, axis=1, keepdims=True))
-        return jnp.exp(z_BM - (peak_B1 if compute.mesh is None else jax.lax.pmax(peak_B1, MODEL)))
+        # Relative to the largest it neither overflows nor vanishes.
+        return jnp.exp(jnp.where(is_dead_M[None], z_BM, jnp.finfo(jnp.float32).min) - peak_B1)
 
     smallest = min(max(1, residual_BD.shape[1] // 2), dead_F.shape[0])
-    ghost_BD = decode_dead(variant, params, x_BD, dead_F, never_flat, compute, smallest=smallest)
+    ghost_BD = decode_dead(variant, params, x_BD, dead_F, DeadCodes(reference, never_flat), compute, smallest=smallest)
     half_B = jax.lax.stop_gradient(ratio_or_zero(row_norms(residual_BD), 2 * row_norms(ghost_BD)))
     error = jnp.sum(jnp.square(residual_BD - half_B[:, None] * ghost_BD))
     weight = jnp.mean(dead_F, dtype=jnp.float32) if by_share else jnp.any(dead_F).astype(jnp.float32)

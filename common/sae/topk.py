@@ -45,8 +45,7 @@ class TopK(Variant):
     ) -> ActiveCodes:
         """The k (None: that of a trained SAE) active latents of each row and their codes, largest first; on a mesh as
         ``sharded.ACTIVE`` says."""
-        b_pre_D = params["b_dec_D"] if self.subtracts_decoder_bias else jnp.zeros(x_BD.shape[1], jnp.float32)
-        return topk_codes(x_BD, b_pre_D, params["w_enc_DF"], params["b_enc_F"], k or self.k, compute)
+        return topk_codes(x_BD, self.b_pre(params), params["w_enc_DF"], params["b_enc_F"], k or self.k, compute)
 
     def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
         """Codes of the rows: k entries per row may be positive, the others are 0."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.sae.compute import PLAIN, Compute
-from saex_pipe.common.sae.select import GROUP, top_k
+from saex_pipe.common.sae.select import GROUP, row_cuts, top_k
 from saex_pipe.common.sae.sparse import (
     RUN_LENGTH,
     ActiveCodes,
@@ -107,3 +107,33 @@ def test_top_k_is_exact(columns: int, k: int) -> None:
     np.testing.assert_array_equal(np.take_along_axis(z_BF, np.asarray(columns_BK), axis=1), values_BK)
     assert all(len(set(row)) == k for row in np.asarray(columns_BK))
     assert columns_BK.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("rows", [50, 64])  # top_k's parts divide one of them
+def test_top_k_of_scores_adds_what_the_scores_add(rows: int) -> None:
+    z_BF, bias_F = normal(11, rows, 200 * GROUP), normal(12, 200 * GROUP)
+    values_BK, columns_BK = top_k(jnp.asarray(z_BF), 32, lambda z, pick: z + pick(jnp.asarray(bias_F)))
+    biased_BF = z_BF + bias_F
+    np.testing.assert_array_equal(values_BK, np.sort(biased_BF, axis=1)[:, ::-1][:, :32])
+    np.testing.assert_array_equal(np.take_along_axis(biased_BF, np.asarray(columns_BK), axis=1), values_BK)
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(24, 100, 1), (7, 300, 299), (2048, 1100, 70)])
+def test_row_cuts_leave_the_k_largest(rows: int, columns: int, k: int) -> None:
+    values_BF = normal(13, rows, columns)
+    values_BF[0] = -np.abs(values_BF[0])
+    values_BF[1, k // 2 :] = -np.inf  # fewer than k that are finite
+    values_BF[2] *= 1e-38  # subnormal too
+    values_BF[3] = np.sign(values_BF[3])  # many are equal
+    cuts_B1 = np.asarray(row_cuts(jnp.asarray(values_BF), k))
+    last_B1 = np.sort(values_BF, axis=1)[:, columns - k, None]
+    np.testing.assert_array_equal(values_BF >= cuts_B1, values_BF >= last_B1)
+
+
+@pytest.mark.parametrize("latents", [50, 1 << 20])  # with 3,000 pairs the numbers of the second do not fit
+def test_runs_keep_equal_latents_in_order(latents: int) -> None:
+    latents_BK = jnp.asarray(np.random.default_rng(14).integers(0, latents, (1000, 3)).astype(np.int32) // 7 * 7)
+    runs = runs_by_latent(latents_BK, latents)
+    pairs_P = np.asarray(runs.pairs_NVR).reshape(-1)
+    order_P = pairs_P[pairs_P < latents_BK.size]
+    np.testing.assert_array_equal(order_P, np.argsort(np.asarray(latents_BK).reshape(-1), kind="stable"))
