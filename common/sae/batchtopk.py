@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from saex_pipe.common.sae.auxk import auxk_loss
 from saex_pipe.common.sae.batch_select import cut, largest
+from saex_pipe.common.sae.batch_sums import rows_above_zero
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.crossover import Sizes
@@ -108,7 +109,7 @@ class BatchTopK(Variant):
         scores_BF = self.scores(params, z_BF)
         codes_BF = jnp.where(scores_BF >= cut(scores_BF, count), z_BF, 0.0)
         levels = decode_nested(codes_BF, params["w_dec_FD"], self.level_widths, compute)
-        return levels, jnp.sum(codes_BF > 0, axis=0, dtype=jnp.int32)
+        return levels, rows_above_zero(codes_BF)
 
     def _by_pairs(
         self, params: Params, x_BD: Array, count: Int[Array, ""], compute: Compute

@@ -21,5 +21,10 @@ class Compute:
     recall: float = 0.95  # expected share of the true ones among those selected approximately
     mesh: Mesh | None = None  # latents lie over its ``model`` axis, rows over ``data``; None: one device
 
+    @property
+    def gradient_dtype(self) -> ComputeDtype:
+        """What the products of gradients read: they spread too widely for the 127 levels of int8."""
+        return "bfloat16" if self.dtype == "int8" else self.dtype
+
 
 PLAIN = Compute()

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from saex_pipe.common.errors import InputError
+from saex_pipe.common.sae import few
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.initial import DataStats, Initial, initial_params
-from saex_pipe.common.sae.matmul import centred_matmul, matmul
+from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.reconstruction import Fit, Reconstruction
 
 # Float32 arrays w_enc_DF [D_in, F], b_enc_F [F], w_dec_FD [F, D_out], b_dec_D [D_out]; with ``skip`` w_skip_DD
@@ -142,6 +143,13 @@ class Variant(ABC):
         """Reconstruction from codes, float32, without the skip path."""
         return matmul(codes_BF, params["w_dec_FD"], compute.dtype) + params["b_dec_D"][None]
 
+    def decode_few(
+        self, params: Params, codes_BF: Float[Array, "B F"], compute: Compute, *, held: bool = False
+    ) -> Float[Array, "B D_out"]:
+        """The same, by way of the active codes alone where they are few; no gradient reaches codes that are 0, nor the
+        parameters where they are ``held``."""
+        return few.decoded(codes_BF, params["w_dec_FD"], compute, held) + params["b_dec_D"][None]
+
     def reconstruct(
         self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN
     ) -> Float[Array, "B D_out"]:
@@ -159,7 +167,7 @@ class Variant(ABC):
 
     def pre_activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Float[Array, "B F"]:
         """``(x - b_pre) W_enc + b_enc``, float32."""
-        z_BF = centred_matmul(x_BD, self.b_pre(params), params["w_enc_DF"], compute.dtype)
+        z_BF = few.encoded(x_BD, self.b_pre(params), params["w_enc_DF"], compute)
         return z_BF + params["b_enc_F"][None]
 
     def shift_pre_activations(self, params: Params, shift_F: Float[Array, " F"]) -> Params:

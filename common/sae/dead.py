@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae.compute import Compute
@@ -16,6 +15,7 @@ from saex_pipe.common.sae.contract import Params, Variant, latent_axis
 from saex_pipe.common.sae.matmul import centred_matmul, matmul
 from saex_pipe.common.sae.sharded import on_each_device
 from saex_pipe.common.sae.sharding import partition
+from saex_pipe.common.sae.stack import largest_of_stack
 
 SIZE_STEP = 4  # the numbers of dead latents that are compiled for: smallest, 4 smallest, all latents
 
@@ -57,17 +57,6 @@ def decode_dead(
     cut = {name: partition(name, leaf.shape, dead_F.shape[0]) for name, leaf in used.items()}
     decode = on_each_device(compute.mesh, own, (cut, P(), P(DATA), P(MODEL)), P(DATA))
     return decode(used, variant.b_pre(params), x_BD, dead_F)
-
-
-@custom_vmap
-def _of_stack(branch: Int[Array, ""]) -> Int[Array, ""]:
-    """``branch``, under ``vmap`` the largest of the stack: a switch by a number that differs would run every branch."""
-    return branch
-
-
-@_of_stack.def_vmap
-def _largest_of_stack(size: int, batched: list[bool], branch_S: Int[Array, " S"]) -> tuple[Int[Array, ""], bool]:
-    return jnp.max(branch_S) if batched[0] else branch_S, False
 
 
 class _How(NamedTuple):
@@ -144,7 +133,7 @@ def _switch(how: _How, dead_F: Array, none_dead: Callable[[], Any], some_dead: C
     sizes = sorted({min(size, latents) for size in (how.smallest, SIZE_STEP * how.smallest, latents)})
     most = dead_count if how.compute.mesh is None else jax.lax.pmax(dead_count, MODEL)
     branch = jnp.sum(most > jnp.array([0, *sizes[:-1]]), dtype=jnp.int32)
-    return jax.lax.switch(_of_stack(branch), [none_dead, *(partial(some_dead, size) for size in sizes)])
+    return jax.lax.switch(largest_of_stack(branch), [none_dead, *(partial(some_dead, size) for size in sizes)])
 
 
 def _first_dead(dead_F: Array, size: int) -> tuple[Array | None, Array]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from saex_pipe.common.sae.auxk import auxk_loss
+from saex_pipe.common.sae.batch_sums import rows_above_zero
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import LossTerms, Moment, Params, Variant
 from saex_pipe.common.sae.ghost import ghost_loss
@@ -67,13 +68,13 @@ class Dense(Variant):
     ) -> tuple[Float[Array, ""], LossTerms]:
         """Loss of one batch."""
         found = self.activations(params, x_BD, compute)
-        recon_BD = self.with_skip(params, x_BD, self.decode(params, found.codes_BF, compute), compute)
+        recon_BD = self.with_skip(params, x_BD, self.decode_few(params, found.codes_BF, compute), compute)
         fitted = fit(self.reconstruction, target_BD, recon_BD)
         coefficient = moment.sparsity_scale * self.sparsity_coefficient
         sparsity = coefficient * self.penalise(params, found.penalised_BF, moment)
         auxiliary = self.remedy(params, found, x_BD, target_BD - recon_BD, fitted, moment, compute)
         auxiliary += self.further_loss(params, found, x_BD, target_BD, compute)
-        active_F = jnp.sum(found.codes_BF > 0, axis=0, dtype=jnp.int32)
+        active_F = rows_above_zero(found.codes_BF)
         return LossTerms.of(fitted, active_F, x_BD.shape[0], sparsity=sparsity, auxiliary=auxiliary)
 
     @abstractmethod

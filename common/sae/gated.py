@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from saex_pipe.common.sae import few
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import DecoderRows, Params, variant
 from saex_pipe.common.sae.dense import SWEPT_WITH_PENALTY, Activations, Penalised
 from saex_pipe.common.sae.initial import DataStats
-from saex_pipe.common.sae.matmul import centred_matmul
 from saex_pipe.common.sae.reconstruction import fit
 
 
@@ -44,7 +44,7 @@ class Gated(Penalised):
 
     def activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Activations:
         """Penalised is relu(pi)."""
-        u_BF = centred_matmul(x_BD, self.b_pre(params), params["w_enc_DF"], compute.dtype)
+        u_BF = few.encoded(x_BD, self.b_pre(params), params["w_enc_DF"], compute)
         gate_BF = u_BF + params["b_enc_F"][None]
         magnitude_BF = jax.nn.relu(u_BF * jnp.exp(params["r_mag_F"])[None] + params["b_mag_F"][None])
         return Activations(gate_BF, jax.nn.relu(gate_BF), jnp.where(gate_BF > 0, magnitude_BF, 0.0))
@@ -59,5 +59,5 @@ class Gated(Penalised):
     ) -> Float[Array, ""]:
         """How well the gate alone would reconstruct through a decoder that is held constant."""
         held = jax.lax.stop_gradient(params)
-        recon_BD = self.with_skip(held, x_BD, self.decode(held, found.penalised_BF, compute), compute)
+        recon_BD = self.with_skip(held, x_BD, self.decode_few(held, found.penalised_BF, compute, held=True), compute)
         return fit(self.reconstruction, target_BD, recon_BD).loss

@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from saex_pipe.common.sae.batch_sums import rows_above_zero
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.initial import DataStats
@@ -131,12 +132,12 @@ class JumpRelu(Variant):
         fitted = self.fitted(params, x_BD, target_BD, codes_BF, compute)
         sparsity = moment.sparsity_scale * self.sparsity_coefficient * self._penalty(params, z_BF, codes_BF)
         auxiliary = self._pull(params, z_BF, moment.dead_F)
-        active_F = jnp.sum(codes_BF > 0, axis=0, dtype=jnp.int32)
+        active_F = rows_above_zero(codes_BF)
         return LossTerms.of(fitted, active_F, x_BD.shape[0], sparsity=sparsity, auxiliary=auxiliary)
 
     def fitted(self, params: Params, x_BD: Array, target_BD: Array, codes_BF: Array, compute: Compute) -> Fit:
         """How well the codes reconstruct the target, as it enters the loss."""
-        recon_BD = self.with_skip(params, x_BD, self.decode(params, codes_BF, compute), compute)
+        recon_BD = self.with_skip(params, x_BD, self.decode_few(params, codes_BF, compute), compute)
         return fit(self.reconstruction, target_BD, recon_BD)
 
     def _penalty(self, params: Params, z_BF: Array, codes_BF: Array) -> Float[Array, ""]:

@@ -58,10 +58,10 @@ def _encoded_backward(
     latents = w_enc_DF.shape[1]
     dz_P = jnp.where(pairs.values_P > 0, out_P, 0.0)
     centred_BD = x_BD - b_pre_D[None]
-    dw_enc_FD = _sum_by(pairs.latents_P, dz_P, pairs.rows_P, centred_BD, latents)
+    dw_enc_FD = sum_by(pairs.latents_P, dz_P, pairs.rows_P, centred_BD, latents)
     db_enc_F = jnp.zeros(latents, jnp.float32).at[pairs.latents_P].add(dz_P)
     # The compiler drops dx where nobody asks for it, as in training.
-    dx_BD = _sum_by(pairs.rows_P, dz_P, pairs.latents_P, w_enc_DF.T, x_BD.shape[0])
+    dx_BD = sum_by(pairs.rows_P, dz_P, pairs.latents_P, w_enc_DF.T, x_BD.shape[0])
     no_gradient = jnp.zeros(pairs.rows_P.shape, jax.dtypes.float0)
     unused = Pairs(jnp.zeros_like(pairs.values_P), no_gradient, no_gradient)
     return dx_BD, -(w_enc_DF @ db_enc_F), dw_enc_FD.T, db_enc_F, unused
@@ -73,7 +73,7 @@ encoded.defvjp(_encoded_forward, _encoded_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def decoded(pairs: Pairs, w_dec_FD: Float[Array, "F D"], rows: int) -> Float[Array, "B D"]:
     """``codes_BF @ w_dec_FD`` of codes given by their pairs; ``rows`` is B."""
-    return _sum_by(pairs.rows_P, pairs.values_P, pairs.latents_P, w_dec_FD, rows)
+    return sum_by(pairs.rows_P, pairs.values_P, pairs.latents_P, w_dec_FD, rows)
 
 
 def _decoded_forward(pairs: Pairs, w_dec_FD: Array, rows: int) -> tuple[Array, tuple[Pairs, Array]]:
@@ -82,13 +82,8 @@ def _decoded_forward(pairs: Pairs, w_dec_FD: Array, rows: int) -> tuple[Array, t
 
 def _decoded_backward(rows: int, saved: tuple[Pairs, Array], out_BD: Array) -> tuple[Pairs, Array]:
     pairs, w_dec_FD = saved
-
-    def dot(places: tuple[Array, Array]) -> Array:
-        row, latent = places
-        return jnp.dot(out_BD[row], w_dec_FD[latent])
-
-    dvalues_P = jax.lax.map(dot, (pairs.rows_P, pairs.latents_P), batch_size=DOT_PAIRS)
-    dw_dec_FD = _sum_by(pairs.latents_P, pairs.values_P, pairs.rows_P, out_BD, w_dec_FD.shape[0])
+    dvalues_P = dots(pairs, out_BD, w_dec_FD)
+    dw_dec_FD = sum_by(pairs.latents_P, pairs.values_P, pairs.rows_P, out_BD, w_dec_FD.shape[0])
     no_gradient = jnp.zeros(pairs.rows_P.shape, jax.dtypes.float0)
     return Pairs(dvalues_P, no_gradient, no_gradient), dw_dec_FD
 
@@ -96,7 +91,17 @@ def _decoded_backward(rows: int, saved: tuple[Pairs, Array], out_BD: Array) -> t
 decoded.defvjp(_decoded_forward, _decoded_backward)
 
 
-def _sum_by(keys_P: Array, weights_P: Array, sources_P: Array, rows_ND: Array, keys: int) -> Float[Array, "keys D"]:
+def dots(pairs: Pairs, rows_BD: Float[Array, "B D"], rows_FD: Float[Array, "F D"]) -> Float[Array, " P"]:
+    """The entries of ``rows_BD @ rows_FD.T`` at the pairs, whose values are not read."""
+
+    def dot(places: tuple[Array, Array]) -> Array:
+        row, latent = places
+        return jnp.sum(rows_BD[row] * rows_FD[latent])  # a product each would be a matrix product of its own
+
+    return jax.lax.map(dot, (pairs.rows_P, pairs.latents_P), batch_size=DOT_PAIRS)
+
+
+def sum_by(keys_P: Array, weights_P: Array, sources_P: Array, rows_ND: Array, keys: int) -> Float[Array, "keys D"]:
     """For each key the sum over its pairs of weight times row ``source``; runs in place of one long scatter."""
     runs: Runs = runs_by_latent(keys_P[:, None], keys)
     weights_Q = jnp.pad(weights_P, (0, 1))[runs.pairs_NVR]

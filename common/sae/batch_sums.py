@@ -1,0 +1,28 @@
+"""Sums over the rows of a batch, in one pass over the codes."""
+
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+PARTS = 16  # of the rows, which are added to each other first
+
+
+def over_batch(values_BF: Num[Array, "B F"], of: Callable[[Array], Array] = lambda part: part) -> Num[Array, " F"]:
+    """``of`` the values, entry by entry, summed over rows.
+
+    XLA's CPU compiler writes down what is summed over the first axis and goes over it several times: of whether each of
+    2,048 x 9,216 codes is active the sum took 20 ms. Parts of the rows that are added to each other are one pass of 4.
+    """
+    rows = values_BF.shape[0] // PARTS
+    if not rows or values_BF.shape[0] % PARTS:
+        return jnp.sum(of(values_BF), axis=0)
+    parts = (of(values_BF[start : start + rows]) for start in range(0, values_BF.shape[0], rows))
+    return jnp.sum(reduce(add, parts), axis=0)
+
+
+def rows_above_zero(codes_BF: Float[Array, "B F"]) -> Int[Array, " F"]:
+    """On how many rows each latent is active."""
+    return over_batch(codes_BF, lambda part: (part > 0).astype(jnp.int32))

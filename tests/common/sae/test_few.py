@@ -1,0 +1,92 @@
+"""Products with few active codes against the dense ones, whichever way they take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saex_pipe.common.sae import few
+from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero
+from saex_pipe.common.sae.compute import PLAIN, Compute
+
+ROWS, WIDTH, LATENTS = 16, 24, 1024
+LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32 and 128 entries
+
+
+def sparse_codes(active: int, seed: int = 0) -> np.ndarray:
+    """Of both signs, several in one group of columns, none in some rows."""
+    generator = np.random.default_rng(seed)
+    codes_BF = np.zeros((ROWS, LATENTS), np.float32)
+    codes_BF[3, ::64][: min(16, active)] = 1.5
+    while (missing := active - np.count_nonzero(codes_BF)) > 0:
+        rows, latents = generator.integers(0, ROWS - 2, missing), generator.integers(0, LATENTS, missing)
+        codes_BF[rows, latents] = generator.standard_normal(missing) + 3 * generator.choice([-1, 1], missing)
+    return codes_BF
+
+
+def arrays(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def close(found: jax.Array, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("active", [0, 1, LIMITS[0], LIMITS[0] + 1, LIMITS[1], LIMITS[1] + 1, 3000])
+@pytest.mark.parametrize("held", [False, True])
+def test_decoding_and_its_gradients(active: int, held: bool) -> None:
+    codes_BF = sparse_codes(active)
+    w_FD, out_BD = arrays(1, (LATENTS, WIDTH), (ROWS, WIDTH))
+
+    @jax.jit
+    def both(codes_BF: jax.Array, w_FD: jax.Array, out_BD: jax.Array) -> tuple:
+        recon_BD, back = jax.vjp(lambda codes, w: few.decoded(codes, w, PLAIN, held), codes_BF, w_FD)
+        return recon_BD, *back(out_BD)
+
+    recon_BD, dcodes_BF, dw_FD = both(codes_BF, w_FD, out_BD)
+    close(recon_BD, codes_BF @ w_FD)
+    dense = out_BD @ w_FD.T
+    close(dcodes_BF, dense if active > LIMITS[1] else np.where(codes_BF != 0, dense, 0))
+    close(dw_FD, np.zeros_like(w_FD) if held else codes_BF.T @ out_BD)
+
+
+@pytest.mark.parametrize("active", [0, LIMITS[0], LIMITS[1], 3000])
+@pytest.mark.parametrize("codes", ["auto", "dense"])
+def test_the_gradients_of_encoding(active: int, codes: str) -> None:
+    out_BF = sparse_codes(active)
+    x_BD, b_D, w_DF = arrays(2, (ROWS, WIDTH), (WIDTH,), (WIDTH, LATENTS))
+
+    @jax.jit
+    def both(*given: jax.Array) -> tuple:
+        u_BF, back = jax.vjp(lambda x, b, w: few.encoded(x, b, w, Compute(codes=codes)), *given)
+        return u_BF, *back(jnp.asarray(out_BF))
+
+    u_BF, dx_BD, db_D, dw_DF = both(x_BD, b_D, w_DF)
+    close(u_BF, (x_BD - b_D) @ w_DF)
+    close(dx_BD, out_BF @ w_DF.T)
+    close(db_D, -(out_BF @ w_DF.T).sum(axis=0))
+    close(dw_DF, (x_BD - b_D).T @ out_BF)
+
+
+def test_a_stack_takes_the_way_of_its_fullest() -> None:
+    codes_SBF = np.stack([sparse_codes(active, seed) for seed, active in enumerate((5, LIMITS[1] + 1, LIMITS[0]))])
+    w_SFD, out_SBD = arrays(3, (3, LATENTS, WIDTH), (3, ROWS, WIDTH))
+
+    @jax.jit
+    @jax.vmap
+    def both(codes_BF: jax.Array, w_FD: jax.Array, out_BD: jax.Array) -> tuple:
+        recon_BD, back = jax.vjp(lambda codes, w: few.decoded(codes, w, PLAIN), codes_BF, w_FD)
+        return recon_BD, *back(out_BD)
+
+    recon_SBD, dcodes_SBF, dw_SFD = both(codes_SBF, w_SFD, out_SBD)
+    close(recon_SBD, codes_SBF @ w_SFD)
+    close(dcodes_SBF, out_SBD @ w_SFD.transpose(0, 2, 1))  # densely, as one of them is full
+    close(dw_SFD, codes_SBF.transpose(0, 2, 1) @ out_SBD)
+
+
+@pytest.mark.parametrize("rows", [7, 16, 48])
+def test_sums_over_a_batch(rows: int) -> None:
+    (values_BF,) = arrays(4, (rows, 33))
+    np.testing.assert_array_equal(rows_above_zero(jnp.asarray(values_BF)), (values_BF > 0).sum(axis=0))
+    close(over_batch(jnp.asarray(values_BF), jnp.square), np.square(values_BF).sum(axis=0))
