@@ -55,8 +55,9 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
         return by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, w_enc_DF.shape[1]).T
 
     dw_enc_DF = _switch(out_BF, compute, dense, sparse)
+    db_pre_D = -(w_enc_DF @ over_batch(lambda out_BF: out_BF, out_BF))
     # The compiler drops dx where nobody asks for it, as in training.
-    return matmul(out_BF, w_enc_DF.T, compute.gradient_dtype), -(w_enc_DF @ over_batch(out_BF)), dw_enc_DF
+    return matmul(out_BF, w_enc_DF.T, compute.gradient_dtype), db_pre_D, dw_enc_DF
 
 
 encoded.defvjp(_encoded_forward, _encoded_backward)

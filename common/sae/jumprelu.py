@@ -45,7 +45,7 @@ from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.reconstruction import Fit, fit
-from saex_pipe.common.sae.straight_through import above, jump, step
+from saex_pipe.common.sae.straight_through import above, jump, rows_above
 
 JumpReluForm = Literal["l0", "tanh", "target_l0"]
 
@@ -145,7 +145,7 @@ class JumpRelu(Variant):
         if self.jumprelu_form == "tanh":
             weighted_BF = codes_BF * (self.tanh_scale * self.decoder_norms(params))[None]
             return jnp.sum(jnp.tanh(weighted_BF)) / rows
-        frequency_F = jnp.sum(step(z_BF, params["threshold_F"], self.bandwidth, False), axis=0) / rows
+        frequency_F = rows_above(z_BF, params["threshold_F"], self.bandwidth) / rows
         l0 = jnp.sum(frequency_F)
         if self.jumprelu_form == "l0":
             return l0

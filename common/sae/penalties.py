@@ -61,7 +61,7 @@ def mean_penalty(
         fraction_done: of all steps, for the schedule of ``reciprocal``.
     """
     if kind == "l1" and norms_F is not None:  # rows are summed first: one pass over the codes, for the gradient too
-        return jnp.dot(over_batch(codes_BF), norms_F) / codes_BF.shape[0]
+        return jnp.dot(over_batch(lambda codes_BF: codes_BF, codes_BF), norms_F) / codes_BF.shape[0]
     weighted_BF = codes_BF if norms_F is None else codes_BF * norms_F[None]
     scale = jnp.asarray(DEFAULT_SCALES.get(kind, 1.0) if scale is None else scale, jnp.float32)
     match kind:

@@ -8,9 +8,9 @@ https://arxiv.org/abs/2407.14435, equations 11 and 12
     step(z) =   1[z > theta]       d/dz = 0               d/dtheta = -(1 / eps)     K((z - theta) / eps)
 
 with the rectangle K(u) = 1[|u| < 1/2] and the bandwidth eps. They estimate the gradient of the mean over rows, whose
-true derivative by theta sees only the density of z at theta. With ``to_input`` both d/dz gain the negative of
-d/dtheta, as a function of z - theta has it: the form of Anthropic's January 2025 update, which trains all parameters
-through the estimate (https://transformer-circuits.pub/2025/january-update/index.html).
+true derivative by theta sees only the density of z at theta. With ``to_input`` the jump's d/dz gains the negative of
+its d/dtheta, as a function of z - theta has it: the form of Anthropic's January 2025 update, which trains all
+parameters through the estimate (https://transformer-circuits.pub/2025/january-update/index.html).
 
 Both take theta itself, not its logarithm: a chain rule through exp would multiply d/dtheta by theta once more, and
 Adam, which moves a parameter by about its learning rate a step, would hardly move a small theta.
@@ -21,6 +21,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from saex_pipe.common.sae.batch_sums import over_batch
 
 
 def above(z_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"]) -> Float[Array, "B F"]:
@@ -42,33 +44,34 @@ def _jump_forward(z_BF: Array, threshold_F: Array, bandwidth: float, to_input: b
 
 def _jump_backward(bandwidth: float, to_input: bool, saved: tuple, out_BF: Array) -> tuple[Array, Array]:
     z_BF, threshold_F = saved
-    estimate_BF = _near(z_BF, threshold_F, bandwidth, out_BF) * threshold_F[None]
+
+    def estimate(z_BF: Array, out_BF: Array) -> Array:
+        return _near(z_BF, threshold_F, bandwidth, out_BF) * threshold_F[None]
+
     passed_BF = jnp.where(z_BF > threshold_F[None], out_BF, 0.0)
-    return passed_BF + estimate_BF if to_input else passed_BF, -jnp.sum(estimate_BF, axis=0)
+    to_z_BF = passed_BF + estimate(z_BF, out_BF) if to_input else passed_BF
+    return to_z_BF, -over_batch(estimate, z_BF, out_BF)
 
 
 jump.defvjp(_jump_forward, _jump_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def step(
-    z_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"], bandwidth: float, to_input: bool
-) -> Float[Array, "B F"]:
-    """1 where ``z`` is above the threshold, else 0, float32."""
-    return (z_BF > threshold_F[None]).astype(jnp.float32)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rows_above(z_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"], bandwidth: float) -> Float[Array, " F"]:
+    """The sum over rows of ``step``: on how many of them ``z`` is above the threshold, float32."""
+    return over_batch(lambda z_BF: (z_BF > threshold_F[None]).astype(jnp.float32), z_BF)
 
 
-def _step_forward(z_BF: Array, threshold_F: Array, bandwidth: float, to_input: bool) -> tuple[Array, tuple]:
-    return step(z_BF, threshold_F, bandwidth, to_input), (z_BF, threshold_F)
+def _rows_above_forward(z_BF: Array, threshold_F: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array]]:
+    return rows_above(z_BF, threshold_F, bandwidth), (z_BF, threshold_F)
 
 
-def _step_backward(bandwidth: float, to_input: bool, saved: tuple, out_BF: Array) -> tuple[Array, Array]:
+def _rows_above_backward(bandwidth: float, saved: tuple[Array, Array], out_F: Array) -> tuple[Array, Array]:
     z_BF, threshold_F = saved
-    estimate_BF = _near(z_BF, threshold_F, bandwidth, out_BF)
-    return estimate_BF if to_input else jnp.zeros_like(estimate_BF), -jnp.sum(estimate_BF, axis=0)
+    return jnp.zeros_like(z_BF), -over_batch(lambda z_BF: _near(z_BF, threshold_F, bandwidth, out_F[None]), z_BF)
 
 
-step.defvjp(_step_forward, _step_backward)
+rows_above.defvjp(_rows_above_forward, _rows_above_backward)
 
 
 def _near(z_BF: Array, threshold_F: Array, bandwidth: float, out_BF: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from saex_pipe.common.sae.compute import Compute, ComputeDtype
 from saex_pipe.common.sae.contract import DataStats, Moment, Params, Variant
 from saex_pipe.common.sae.flops import step_flops
-from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.matmul import matmul, over_rows
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.select import top_k
@@ -21,6 +21,7 @@ from saex_pipe.common.sae.variants import VARIANTS, build
 TOTAL_STEPS = 100_000  # of the training that a step is taken from
 # What a setting that has no default is set to; the speed of a step does not depend on it.
 REQUIRED = {"sparsity_coefficient": 1.0, "target_l0": 32.0}
+FORM = {"jumprelu_form": "l0"}  # SAELens' default
 # Products that ``step_flops`` does not count: Gated's second reconstruction and its gradient.
 MORE_PRODUCTS = {"gated": 2}
 
@@ -52,6 +53,7 @@ def variant_of(name: str, shape: Shape) -> Variant:
     known = {field.name: field for field in fields(VARIANTS[name])}
     settings = {key: REQUIRED.get(key) for key, field in known.items() if field.default is MISSING}
     settings |= {"k": shape.k} if "k" in known else {}
+    settings |= {key: value for key, value in FORM.items() if key in known}
     return build(name, shape.latents, **{key: value for key, value in settings.items() if key != "latents"})
 
 
@@ -66,15 +68,26 @@ def initial(variant: Variant, shape: Shape) -> Params:
     return jax.jit(lambda key: variant.init(key, DataStats(zeros, zeros)))(jax.random.key(1))
 
 
-def whole_step(variant: Variant, shape: Shape, dtype: ComputeDtype) -> Call:
-    """Calls that go on training one state, as the train stage does."""
+def with_active(variant: Variant, params: Params, shape: Shape) -> Params:
+    """Parameters of which k latents a row are active on average, as after training, in place of half of all."""
+    z_BF = variant.pre_activations(params, rows_of(shape)[:256], Compute())
+    level = jnp.quantile(z_BF, 1 - shape.k / shape.latents)
+    if "threshold_F" in params:
+        return {**params, "threshold_F": jnp.full(shape.latents, level)}
+    return variant.shift_pre_activations(params, jnp.full(shape.latents, -level))
+
+
+def whole_step(variant: Variant, shape: Shape, dtype: ComputeDtype, *, few: bool) -> Call:
+    """Calls that go on training one state, as the train stage does; ``few``: k latents stay active on average."""
     optimiser = adam(TOTAL_STEPS)
     settings = StepSettings(total_steps=TOTAL_STEPS, compute=Compute(dtype=dtype))
     step = jax.jit(make_step(optimiser, settings), donate_argnums=2)
     scale = Normaliser(jnp.ones(shape.width))
     normalisers = jax.tree.map(jnp.copy, Normalisers(scale, scale))
-    state = init_state(initial(variant, shape), optimiser, normalisers)
-    x_BD, rate = rows_of(shape), jnp.float32(variant.default_learning_rate())
+    params = initial(variant, shape)
+    params = with_active(variant, params, shape) if few else params
+    state = init_state(params, optimiser, normalisers)
+    x_BD, rate = rows_of(shape), jnp.float32(0 if few else variant.default_learning_rate())
 
     def call() -> Any:
         nonlocal state
@@ -84,11 +97,11 @@ def whole_step(variant: Variant, shape: Shape, dtype: ComputeDtype) -> Call:
     return call
 
 
-def needed_flops(name: str, shape: Shape) -> float:
-    """Of the products of one step, see ``common.sae.flops``."""
-    variant = variant_of(name, shape)
+def needed_flops(name: str, shape: Shape, *, few: bool) -> float:
+    """Of the products of one step, see ``common.sae.flops``; ``few``: with k of F codes active."""
+    variant = variant_of("topk" if few else name, shape)
     shapes = jax.eval_shape(lambda: initial(variant, shape))
-    more = MORE_PRODUCTS.get(name, 0) * shape.rows * shape.width * shape.latents
+    more = 0 if few else MORE_PRODUCTS.get(name, 0) * shape.rows * shape.width * shape.latents
     return step_flops(variant, shapes, shape.rows) + 2.0 * more
 
 
@@ -105,7 +118,8 @@ def dense_products(shape: Shape, dtype: ComputeDtype) -> Part:
     @jax.jit
     def all_five(x_BD: jax.Array, codes_BF: jax.Array, w_DF: jax.Array, w_FD: jax.Array) -> list[jax.Array]:
         encoder, to_codes = product(x_BD, w_DF), product(x_BD, w_FD.T)
-        return [encoder, product(codes_BF, w_FD), to_codes, product(codes_BF.T, x_BD), product(x_BD.T, codes_BF)]
+        gradients = [over_rows(codes_BF, x_BD, dtype), over_rows(x_BD, codes_BF, dtype)]
+        return [encoder, product(codes_BF, w_FD), to_codes, *gradients]
 
     flops = 10.0 * shape.rows * shape.width * shape.latents
     return Part("five bare products", lambda: all_five(x_BD, codes_BF, w_DF, w_FD), flops)

@@ -6,9 +6,10 @@
 Prints one JSON line per case:
 
 - ``step``: a whole step of a variant as the train stage takes it: loss, gradients, projection, clipping, Adam,
-  constraint, counters. ``bound`` is the time of bare products of the same FLOPs, measured in the same rounds: of a
-  variant whose k bounds the active latents the encoder's product and K of F of the others, at the rate of the
-  encoder's; of the others all five, at the rate of the five. The peers are SAELens' SAE of that variant and, for TopK,
+  constraint, counters. A variant without k has two cases, with k latents active on a row, as when it is trained, and
+  with half of them ("at the start"). ``bound`` is the time of bare products of the same FLOPs, measured in the same
+  rounds: where k latents are active the encoder's product and K of F of the others, at the rate of the encoder's; at
+  the start all five, at the rate of the five. The peers are SAELens' SAE of that variant and, for TopK,
   sparsify's, each with its own loop (``peers_train.py``) in the setting that it is fastest in: float32 or autocast to
   bfloat16, eager or compiled (eager alone with --quick), whatever the dtype of ours. A line for each peer.
 - ``topk``: parts of a TopK step; a part without products has no bound.
@@ -50,6 +51,7 @@ SHAPES = ("2048x576x9216", "2048x768x24576")
 DTYPES = ("bfloat16", "float32")
 PEERS = {"saelens": ("relu", "jumprelu", "gated", "topk", "batchtopk", "matryoshka_batchtopk"), "sparsify": ("topk",)}
 TRIED_STEPS = 3  # of a peer's setting, after its warm-up
+WARM_ROUNDS = 6  # until the processes have the memory that they keep
 PAUSE_SECONDS = 0.1  # between sides, for threads that spin before they sleep
 
 
@@ -73,13 +75,13 @@ def timed(call: Callable[[], Any]) -> Callable[[], float]:
 
 
 def alternate(sides: Sequence[Side], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each side in each round; one round goes before that is not counted."""
+    """Milliseconds of each side in each round; those that warm up are not counted."""
     found: dict[str, list[float]] = {side.name: [] for side in sides}
-    for number in range(rounds + 1):
+    for number in range(-WARM_ROUNDS, rounds):
         for side in sides:
             time.sleep(PAUSE_SECONDS)
             milliseconds = side.milliseconds()
-            if number:
+            if number >= 0:
                 found[side.name].append(milliseconds)
     return found
 
@@ -139,21 +141,24 @@ def step_cases(
     """One variant in every dtype against its bound and its peers."""
     variant = variant_of(name, shape)
     peers = [side for opponent in opponents if (side := opponent.side(name, shape)) is not None]
+    cases = {f"{name}, {dtype}, {shape}": (dtype, True) for dtype in dtypes}
+    if not hasattr(variant, "k"):
+        cases |= {f"{name} at the start, {dtype}, {shape}": (dtype, False) for dtype in dtypes}
     bare: dict[str, Part] = {}
     sides = []
-    for dtype in dtypes:
-        bare[dtype] = encoder_product(shape, dtype) if hasattr(variant, "k") else dense_products(shape, dtype)
-        sides.append(Side(dtype, timed(whole_step(variant, shape, dtype))))
-        sides.append(Side(f"bare {dtype}", timed(bare[dtype].call)))
+    for case, (dtype, few) in cases.items():
+        bare[case] = encoder_product(shape, dtype) if few else dense_products(shape, dtype)
+        step = whole_step(variant, shape, dtype, few=few and not hasattr(variant, "k"))
+        sides += [Side(case, timed(step)), Side(f"bare {case}", timed(bare[case].call))]
     found = alternate([*sides, *peers], rounds)
-    for dtype in dtypes:
-        share = needed_flops(name, shape) / bare[dtype].flops
-        bound = [share * milliseconds for milliseconds in found[f"bare {dtype}"]]
-        ours = line(f"step, {name}, {dtype}, {shape}", found[dtype], bound)
+    for case, (_, few) in cases.items():
+        share = needed_flops(name, shape, few=few) / bare[case].flops
+        bound = [share * milliseconds for milliseconds in found[f"bare {case}"]]
+        ours = line(f"step, {case}", found[case], bound)
         for peer in peers:
             theirs = found[peer.name]
             more = {"peer": peer.name, "peer_value": round(statistics.median(theirs), 2)}
-            yield ours | more | {"ratio": ratio(theirs, found[dtype])}
+            yield ours | more | {"ratio": ratio(theirs, found[case])}
         if not peers:
             yield ours
 

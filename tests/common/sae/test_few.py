@@ -89,4 +89,4 @@ def test_a_stack_takes_the_way_of_its_fullest() -> None:
 def test_sums_over_a_batch(rows: int) -> None:
     (values_BF,) = arrays(4, (rows, 33))
     np.testing.assert_array_equal(rows_above_zero(jnp.asarray(values_BF)), (values_BF > 0).sum(axis=0))
-    close(over_batch(jnp.asarray(values_BF), jnp.square), np.square(values_BF).sum(axis=0))
+    close(over_batch(jnp.square, jnp.asarray(values_BF)), np.square(values_BF).sum(axis=0))

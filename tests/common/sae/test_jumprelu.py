@@ -13,7 +13,7 @@ from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.jumprelu import PUBLISHED, JumpRelu
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
-from saex_pipe.common.sae.straight_through import above, jump, step
+from saex_pipe.common.sae.straight_through import above, jump, rows_above
 from saex_pipe.common.sae.train_step import StepSettings, init_state, make_step
 from saex_pipe.common.sae.variants import build
 
@@ -32,17 +32,16 @@ def test_gradients_of_jump_and_step_in_closed_form(to_input: bool) -> None:
     z_BF, threshold_F = jnp.array([[1.25], [1.75], [2.25], [4.0]]), jnp.array([2.0])
     weight_BF = jnp.array([[1.0], [10.0], [100.0], [1000.0]])
 
-    def total(function: Callable) -> Callable:
-        return jax.grad(lambda z, t: jnp.sum(weight_BF * function(z, t, 1.0, to_input)), argnums=(0, 1))
-
     assert jump(z_BF, threshold_F, 1.0, to_input).ravel().tolist() == [0, 0, 2.25, 4]
-    assert step(z_BF, threshold_F, 1.0, to_input).ravel().tolist() == [0, 0, 1, 1]
-    dz, dtheta = total(jump)(z_BF, threshold_F)
+    dz, dtheta = jax.grad(lambda z, t: jnp.sum(weight_BF * jump(z, t, 1.0, to_input)), argnums=(0, 1))(
+        z_BF, threshold_F
+    )
     assert dz.ravel().tolist() == ([0, 20, 300, 1000] if to_input else [0, 0, 100, 1000])
     assert dtheta.tolist() == [-2.0 * 110]
-    dz, dtheta = total(step)(z_BF, threshold_F)
-    assert dz.ravel().tolist() == ([0, 10, 100, 0] if to_input else [0, 0, 0, 0])
-    assert dtheta.tolist() == [-110.0]
+    assert rows_above(z_BF, threshold_F, 1.0).tolist() == [2]
+    dz, dtheta = jax.grad(lambda z, t: 5 * rows_above(z, t, 1.0)[0], argnums=(0, 1))(z_BF, threshold_F)
+    assert dz.ravel().tolist() == [0, 0, 0, 0]
+    assert dtheta.tolist() == [-5.0 * 2]  # two rows are near
     assert above(z_BF, threshold_F).ravel().tolist() == [0, 0, 2.25, 4]
     assert above(-z_BF, -threshold_F).ravel().tolist() == [0, 0, 0, 0]  # a code is never negative
 
