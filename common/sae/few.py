@@ -20,14 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from saex_pipe.common.peak import tpu_kind
 from saex_pipe.common.sae import pairs as by_pairs
-from saex_pipe.common.sae.batch_sums import over_batch
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.matmul import centred_matmul, matmul, over_rows
+from saex_pipe.common.sae.matmul import by_transposed, centred_matmul, matmul, over_rows
 from saex_pipe.common.sae.pairs import Pairs
 from saex_pipe.common.sae.select import GROUP
 from saex_pipe.common.sae.stack import largest_of_stack
 
-SHARES = (512, 128)  # latents per active one; each is compiled for, and the first that holds all active codes runs
+SHARES = (512, 256, 128)  # latents per active one; each is compiled for, and the first that holds all active codes runs
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -55,9 +54,9 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
         return by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, w_enc_DF.shape[1]).T
 
     dw_enc_DF = _switch(out_BF, compute, dense, sparse)
-    db_pre_D = -(w_enc_DF @ over_batch(lambda out_BF: out_BF, out_BF))
+    db_pre_D = -(w_enc_DF @ jnp.sum(out_BF, axis=0))
     # The compiler drops dx where nobody asks for it, as in training.
-    return matmul(out_BF, w_enc_DF.T, compute.gradient_dtype), db_pre_D, dw_enc_DF
+    return by_transposed(out_BF, w_enc_DF, compute.gradient_dtype), db_pre_D, dw_enc_DF
 
 
 encoded.defvjp(_encoded_forward, _encoded_backward)
@@ -87,7 +86,7 @@ def _decoded_backward(compute: Compute, held: bool, saved: tuple[Array, Array], 
     codes_BF, w_dec_FD = saved
 
     def dense() -> tuple[Array, ...]:
-        to_codes = matmul(out_BD, w_dec_FD.T, compute.gradient_dtype)
+        to_codes = by_transposed(out_BD, w_dec_FD, compute.gradient_dtype)
         return (to_codes,) if held else (to_codes, over_rows(codes_BF, out_BD, compute.gradient_dtype))
 
     def sparse(found: Pairs) -> tuple[Array, ...]:

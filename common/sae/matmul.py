@@ -18,6 +18,13 @@ def _product(a: Array, b: Array, contract: tuple[int, int], compute_dtype: Compu
     )
 
 
+def by_transposed(
+    a_MP: Float[Array, "M P"], b_NP: Float[Array, "N P"], compute_dtype: ComputeDtype
+) -> Float[Array, "M N"]:
+    """``a_MP @ b_NP.T`` in float32: the gradient of what a weight multiplies."""
+    return _product(a_MP, b_NP, (1, 1), compute_dtype)
+
+
 def over_rows(a_MN: Float[Array, "M N"], b_MP: Float[Array, "M P"], compute_dtype: ComputeDtype) -> Float[Array, "N P"]:
     """``a_MN.T @ b_MP`` in float32: the gradient of a weight, which sums over the rows of a batch."""
     return jax.lax.platform_dependent(
@@ -69,7 +76,7 @@ def _forward(a_MN: Array, b_NP: Array, compute_dtype: ComputeDtype) -> tuple[Arr
 def _backward(compute_dtype: ComputeDtype, saved: tuple[Array, Array], out_MP: Array) -> tuple[Array, Array]:
     a_MN, b_NP = saved
     dtype: ComputeDtype = "bfloat16" if compute_dtype == "int8" else compute_dtype
-    return _product(out_MP, b_NP, (1, 1), dtype), over_rows(a_MN, out_MP, dtype)
+    return by_transposed(out_MP, b_NP, dtype), over_rows(a_MN, out_MP, dtype)
 
 
 matmul.defvjp(_forward, _backward)

@@ -10,7 +10,7 @@ from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero
 from saex_pipe.common.sae.compute import PLAIN, Compute
 
 ROWS, WIDTH, LATENTS = 16, 24, 1024
-LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32 and 128 entries
+LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32, 64 and 128 entries
 
 
 def sparse_codes(active: int, seed: int = 0) -> np.ndarray:
@@ -33,7 +33,7 @@ def close(found: jax.Array, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("active", [0, 1, LIMITS[0], LIMITS[0] + 1, LIMITS[1], LIMITS[1] + 1, 3000])
+@pytest.mark.parametrize("active", [0, 1, LIMITS[0], LIMITS[0] + 1, LIMITS[-1], LIMITS[-1] + 1, 3000])
 @pytest.mark.parametrize("held", [False, True])
 def test_decoding_and_its_gradients(active: int, held: bool) -> None:
     codes_BF = sparse_codes(active)
@@ -47,11 +47,11 @@ def test_decoding_and_its_gradients(active: int, held: bool) -> None:
     recon_BD, dcodes_BF, dw_FD = both(codes_BF, w_FD, out_BD)
     close(recon_BD, codes_BF @ w_FD)
     dense = out_BD @ w_FD.T
-    close(dcodes_BF, dense if active > LIMITS[1] else np.where(codes_BF != 0, dense, 0))
+    close(dcodes_BF, dense if active > LIMITS[-1] else np.where(codes_BF != 0, dense, 0))
     close(dw_FD, np.zeros_like(w_FD) if held else codes_BF.T @ out_BD)
 
 
-@pytest.mark.parametrize("active", [0, LIMITS[0], LIMITS[1], 3000])
+@pytest.mark.parametrize("active", [0, LIMITS[0], LIMITS[-1], 3000])
 @pytest.mark.parametrize("codes", ["auto", "dense"])
 def test_the_gradients_of_encoding(active: int, codes: str) -> None:
     out_BF = sparse_codes(active)
@@ -70,7 +70,7 @@ def test_the_gradients_of_encoding(active: int, codes: str) -> None:
 
 
 def test_a_stack_takes_the_way_of_its_fullest() -> None:
-    codes_SBF = np.stack([sparse_codes(active, seed) for seed, active in enumerate((5, LIMITS[1] + 1, LIMITS[0]))])
+    codes_SBF = np.stack([sparse_codes(active, seed) for seed, active in enumerate((5, LIMITS[-1] + 1, LIMITS[0]))])
     w_SFD, out_SBD = arrays(3, (3, LATENTS, WIDTH), (3, ROWS, WIDTH))
 
     @jax.jit
