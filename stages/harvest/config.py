@@ -56,7 +56,7 @@ class Config(StageConfig):
         10.0, unit="times the median norm", meaning="rows of a larger norm are dropped as sinks; 0: keep all", ge=0
     )
     shard_windows: int | None = setting(None, unit="windows", meaning="windows in a shard; unset: 64 to 256 MB", ge=1)
-    chunk_windows: int | None = setting(None, unit="windows", meaning="windows in a chunk; unset: about 1 MiB", ge=1)
+    chunk_windows: int | None = setting(None, unit="windows", meaning="windows in a chunk; unset: about 4 MiB", ge=1)
     worker: str | None = setting(
         None,
         unit="",

@@ -256,10 +256,10 @@ def test_a_store_smaller_than_a_batch_is_refused(tmp_path):
         RowReader(store, ("a",), seed=0, batch_rows=1000, pool_bytes=1 << 20)
 
 
-def test_the_default_tiling_has_chunks_of_a_megabyte_and_shards_of_64():
+def test_the_default_tiling_has_chunks_of_four_megabytes_and_shards_of_64():
     tiling = Tiling.for_bytes(window_bytes=128 * 576 * 2, windows=100_000)
-    assert 0.8e6 < tiling.chunk_windows * 128 * 576 * 2 <= 1 << 20
-    assert 64e6 < tiling.shard_windows * 128 * 576 * 2 <= 65 << 20
+    assert 4e6 < tiling.chunk_windows * 128 * 576 * 2 <= 4 << 20
+    assert 64e6 < tiling.shard_windows * 128 * 576 * 2 <= 68 << 20
     assert tiling.shard_windows % tiling.chunk_windows == 0
     assert Tiling.for_bytes(window_bytes=1 << 30, windows=5) == Tiling(1, 1)
     assert Tiling.for_bytes(window_bytes=25_000_000, windows=50) == Tiling(3, 1), "not under 64 MB"
