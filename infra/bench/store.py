@@ -11,6 +11,8 @@ One JSON object a line; sides take turns, and all handle the same bytes on the s
   and slices of safetensors shards, in rows of the same width (``peers_store.py``), as MB/s of bfloat16 rows.
 - ``shuffled read, cold``: the same after the pages of the store are dropped; the bound is ``dd`` over raw
   files after the same.
+- ``open, seek and plan``: seconds and MB of memory for a store of a billion rows (``store_plan.py``); the bounds are
+  the 1 s and 200 MB it may take.
 - ``int8``: written from bfloat16 and read into float32; MB/s count bfloat16 bytes, so that they compare.
 """
 
@@ -20,6 +22,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -98,7 +101,9 @@ class _Bench:
         store = ActivationStore(str(self.store), ("tap",))
         self.batch = {"tap": np.empty((BATCH_ROWS, WIDTH), store.info.decoded_dtype("tap"))}
         self.steps = iter(range(1 << 40))
-        self.reader = RowReader(store, ("tap",), seed=0, batch_rows=BATCH_ROWS, pool_bytes=1 << 28)
+        # The least that the train stage takes by default, but never the whole store.
+        pool_bytes = min(1 << 30, self.bytes // 2)
+        self.reader = RowReader(store, ("tap",), seed=0, batch_rows=BATCH_ROWS, pool_bytes=pool_bytes)
         return self.reader
 
     def read_shuffled(self) -> None:
@@ -135,6 +140,22 @@ class _Bench:
         return {"bench": "store", "case": case, **found}
 
 
+def plan_lines(root: Path, runs: int) -> list[dict[str, object]]:
+    """Time and memory of opening a store of a billion rows and planning batches, medians over processes."""
+    place = str(root / "planned")
+    command = [sys.executable, str(Path(__file__).with_name("store_plan.py")), place]
+    subprocess.run([*command, "write"], check=True)
+    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(runs)]
+    shutil.rmtree(place)
+    found = [json.loads(output) for output in outputs]
+    lines = []
+    for key, unit, scale, bound in (("seconds", "s", 1, 1), ("peak_bytes", "MB", 1e6, 200)):
+        value = statistics.median(run[key] for run in found) / scale
+        case = {"bench": "store", "case": "open, seek and plan 10^9 rows", "value": round(value, 3), "unit": unit}
+        lines.append(case | {"bound": bound, "bound_fraction": round(bound / value, 3)})
+    return lines
+
+
 def peer_lines(found: dict[str, object], python: str, root: Path, bench: _Bench) -> list[dict[str, object]]:
     """``found`` beside each peer."""
     windows, batches = bench.info.windows, bench.info.windows * LENGTH // BATCH_ROWS
@@ -160,6 +181,8 @@ def main() -> None:
     runs, shards = (3, 8) if arguments.quick else (7, 32)
     root = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
+        for line in plan_lines(root, runs):
+            print(json.dumps(line), flush=True)
         for dtype in ("bfloat16", "int8"):
             bench = _Bench(root, shards, dtype)
             bench.write_store()
