@@ -14,7 +14,7 @@ import tensorstore as ts
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
 
-_CHUNK_BYTES = 4 << 20  # smaller ones read slower; of larger ones a pool cuts too much off
+_CHUNK_BYTES = 4 << 20  # of 1, 2, 4 and 8 MiB read fastest from a cold disk (infra/bench/README.md)
 _SHARD_BYTES = 64 << 20  # or a chunk more; one request each, and a failed one is repeated whole
 
 

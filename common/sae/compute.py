@@ -15,7 +15,7 @@ class Compute:
 
     dtype: ComputeDtype = "float32"
     # Products with codes of which few are active: by the active latents alone, as dense matmuls, or whichever is
-    # faster at these sizes as ``crossover.py`` has it.
+    # faster at these sizes as ``crossover.py`` has it. Where no k bounds how many are active, ``few.py`` counts them.
     codes: Literal["auto", "sparse", "dense"] = "auto"
     selection: Literal["exact", "approximate"] = "exact"  # of the largest latents of a row
     recall: float = 0.95  # expected share of the true ones among those selected approximately

@@ -29,7 +29,7 @@ class DeviceSettings(StageConfig):
     codes: Literal["auto", "sparse", "dense"] = setting(
         "auto",
         unit="",
-        meaning="how batchtopk multiplies by codes: by the active latents alone, by all, or whichever is faster",
+        meaning="how codes are multiplied: by the active latents alone (where few are), by all, or whichever is faster",
     )
     selection: Literal["exact", "approximate"] = setting(
         "exact", unit="", meaning="of the largest latents of a row; approximate takes one pass on a TPU"
