@@ -130,7 +130,7 @@ def test_row_cuts_leave_the_k_largest(rows: int, columns: int, k: int) -> None:
     np.testing.assert_array_equal(values_BF >= cuts_B1, values_BF >= last_B1)
 
 
-@pytest.mark.parametrize("latents", [50, 1 << 20])  # with 3,000 pairs the numbers of the second do not fit
+@pytest.mark.parametrize("latents", [50, 1 << 20, 1 << 21])  # with 3,000 pairs: in 31 bits, in 32, in more
 def test_runs_keep_equal_latents_in_order(latents: int) -> None:
     latents_BK = jnp.asarray(np.random.default_rng(14).integers(0, latents, (1000, 3)).astype(np.int32) // 7 * 7)
     runs = runs_by_latent(latents_BK, latents)
