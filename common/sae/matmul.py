@@ -27,9 +27,10 @@ def by_transposed(
 
 def over_rows(a_MN: Float[Array, "M N"], b_MP: Float[Array, "M P"], compute_dtype: ComputeDtype) -> Float[Array, "N P"]:
     """``a_MN.T @ b_MP`` in float32: the gradient of a weight, which sums over the rows of a batch."""
-    return jax.lax.platform_dependent(
-        a_MN.astype(compute_dtype), b_MP.astype(compute_dtype), cpu=_over_rows_on_cpu, default=_over_rows
-    )
+    sides = a_MN.astype(compute_dtype), b_MP.astype(compute_dtype)
+    if jax.device_count() > 1:  # what is cut over devices a layout of one's own would gather
+        return _over_rows(*sides)
+    return jax.lax.platform_dependent(*sides, cpu=_over_rows_on_cpu, default=_over_rows)
 
 
 def _over_rows(a_MN: Array, b_MP: Array) -> Array:
