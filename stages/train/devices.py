@@ -21,6 +21,14 @@ def available() -> Sequence[jax.Device]:
     return jax.devices()
 
 
+def stacks_pay() -> bool:
+    """Whether SAEs of one shape take a step faster as one stack than one after another.
+
+    Not on CPUs: on two cores a stack of four takes 1.05 (ReLU) to 1.2 (TopK) times as long as four steps.
+    """
+    return available()[0].platform != "cpu"
+
+
 @dataclass(frozen=True)
 class Devices:
     """Where the states and batches of SAEs with ``latents`` lie: over a mesh, or (None) on one device."""

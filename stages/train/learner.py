@@ -1,4 +1,7 @@
-"""SAEs of one shape while they are trained: one as it is, several as a stack that takes every step at once."""
+"""SAEs of one shape while they are trained: one as it is, several as a stack that takes every step at once.
+
+Or each as a learner of its own, one ``like`` another, which take the same compiled step one after another.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -44,6 +47,7 @@ class Learner:
         *,
         devices: Sequence[jax.Device] | None = None,
         resumed: bool = False,
+        like: "Learner | None" = None,
     ) -> None:
         self.configs = tuple(configs)
         shared = configs[0]
@@ -57,7 +61,8 @@ class Learner:
         ]
         self.total_steps = math.ceil(shared.rows / shared.batch_rows)
         with_rows = any(variant.initial.needs_rows for variant in self.variants)
-        self._units = jax.device_get(units_of(shared, store, sides, with_rows=with_rows, resumed=resumed))
+        units: Units = like._units if like else units_of(shared, store, sides, with_rows=with_rows, resumed=resumed)
+        self._units: Units = jax.device_get(units)
         optimiser = optimiser_of(shared)
         self._optimiser = optimiser.build(self.total_steps)
         self._rate_factor = jax.jit(partial(optimiser.schedule.factor, self.total_steps))
@@ -71,7 +76,7 @@ class Learner:
             self._variant, self._rate = jax.device_get(stacked(self.variants)), np.asarray(rates, np.float32)
         self._one = jax.eval_shape(partial(self._initial, 0), self._units, {})
         self._like = self._one if len(configs) == 1 else jax.eval_shape(stacked, [self._one] * len(configs))
-        self._step = self.devices.compiled(step, self._like, donate_argnums=2)
+        self._step: Any = like._step if like else self.devices.compiled(step, self._like, donate_argnums=2)
         self._member = self.devices.compiled(_member, self._one)
         self._resampling = make_resampling(
             shared, self.devices, self._like[0], settings.compute, is_stack=len(configs) > 1

@@ -19,6 +19,7 @@ from saex_pipe.common.metrics_sinks import check_sinks
 from saex_pipe.common.preemption import StopRequest, graceful_stop
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.crew import Crew, Member
+from saex_pipe.stages.train.devices import stacks_pay
 from saex_pipe.stages.train.export import exported
 from saex_pipe.stages.train.learner import Learner, shape_of
 from saex_pipe.stages.train.processes import agreed_to_stop, join, output_of_all
@@ -90,16 +91,19 @@ def _learners(cohort: Cohort, store: Any, sides: Sides) -> Iterator[tuple[Learne
         return json.dumps(shape_of(member.config), sort_keys=True)
 
     for _, group in itertools.groupby(sorted(cohort.members, key=shape), key=shape):
-        members = list(group)
-        learner = Learner([member.config for member in members], store, sides, resumed=cohort.start > 0)
-        states = []
-        for number, member in enumerate(members):
-            if cohort.start:
-                states.append(member.saves.restore(cohort.start, learner.abstract_state()))
-            else:
-                states.append(learner.initial_state(number))
-        learner.start(states)
-        yield learner, members
+        alike, first = list(group), None
+        for members in [alike] if stacks_pay() else [[member] for member in alike]:
+            configs = [member.config for member in members]
+            learner = Learner(configs, store, sides, resumed=cohort.start > 0, like=first)
+            first = first or learner
+            states = []
+            for number, member in enumerate(members):
+                if cohort.start:
+                    states.append(member.saves.restore(cohort.start, learner.abstract_state()))
+                else:
+                    states.append(learner.initial_state(number))
+            learner.start(states)
+            yield learner, members
 
 
 def _train(cohort: Cohort, stop: StopRequest) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 from saex_pipe.common.sae import few
 from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero
 from saex_pipe.common.sae.compute import PLAIN, Compute
+from saex_pipe.common.sae.matmul import over_rows
 
 ROWS, WIDTH, LATENTS = 16, 24, 1024
 LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32, 64 and 128 entries
@@ -85,8 +86,24 @@ def test_a_stack_takes_the_way_of_its_fullest() -> None:
     close(dw_SFD, codes_SBF.transpose(0, 2, 1) @ out_SBD)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("rows", [7, 16, 48])
-def test_sums_over_a_batch(rows: int) -> None:
+def test_sums_over_a_batch(rows: int, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     (values_BF,) = arrays(4, (rows, 33))
     np.testing.assert_array_equal(rows_above_zero(jnp.asarray(values_BF)), (values_BF > 0).sum(axis=0))
     close(over_batch(jnp.square, jnp.asarray(values_BF)), np.square(values_BF).sum(axis=0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("width", "columns"), [(24, 40), (40, 24)])  # the narrower side is the one transposed
+def test_products_over_rows_on_one_device(
+    width: int, columns: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    a_BM, b_BP = (np.asarray(jnp.asarray(each, dtype), np.float32) for each in arrays(5, (64, width), (64, columns)))
+    product = jax.jit(over_rows, static_argnums=2)
+    assert "LayoutConstraint" in product.lower(a_BM, b_BP, dtype).as_text()
+    close(product(a_BM, b_BP, dtype), a_BM.T @ b_BP)
+    stacked = jax.jit(jax.vmap(lambda a, b: over_rows(a, b, dtype)))(np.stack([a_BM] * 2), np.stack([b_BP, -b_BP]))
+    close(stacked[1], -a_BM.T @ b_BP)
