@@ -9,6 +9,11 @@ from jax.sharding import Mesh
 ComputeDtype = Literal["float32", "bfloat16", "int8"]
 
 
+def gradient_dtype(dtype: ComputeDtype) -> ComputeDtype:
+    """What the products of gradients read: they spread too widely for the 127 levels of int8."""
+    return "bfloat16" if dtype == "int8" else dtype
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """Hashable, so that it may be a static argument."""
@@ -20,11 +25,6 @@ class Compute:
     selection: Literal["exact", "approximate"] = "exact"  # of the largest latents of a row
     recall: float = 0.95  # expected share of the true ones among those selected approximately
     mesh: Mesh | None = None  # latents lie over its ``model`` axis, rows over ``data``; None: one device
-
-    @property
-    def gradient_dtype(self) -> ComputeDtype:
-        """What the products of gradients read: they spread too widely for the 127 levels of int8."""
-        return "bfloat16" if self.dtype == "int8" else self.dtype
 
 
 PLAIN = Compute()

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from saex_pipe.common.peak import tpu_kind
 from saex_pipe.common.sae import pairs as by_pairs
-from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae.compute import Compute, gradient_dtype
 from saex_pipe.common.sae.matmul import by_transposed, centred_matmul, matmul, over_rows
 from saex_pipe.common.sae.pairs import Pairs
 from saex_pipe.common.sae.select import GROUP
@@ -48,7 +48,7 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
     centred_BD = x_BD - b_pre_D[None]
 
     def dense() -> Array:
-        return over_rows(centred_BD, out_BF, compute.gradient_dtype)
+        return over_rows(centred_BD, out_BF, gradient_dtype(compute.dtype))
 
     def sparse(found: Pairs) -> Array:
         return by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, w_enc_DF.shape[1]).T
@@ -56,7 +56,7 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
     dw_enc_DF = _switch(out_BF, compute, dense, sparse)
     db_pre_D = -(w_enc_DF @ jnp.sum(out_BF, axis=0))
     # The compiler drops dx where nobody asks for it, as in training.
-    return by_transposed(out_BF, w_enc_DF, compute.gradient_dtype), db_pre_D, dw_enc_DF
+    return by_transposed(out_BF, w_enc_DF, gradient_dtype(compute.dtype)), db_pre_D, dw_enc_DF
 
 
 encoded.defvjp(_encoded_forward, _encoded_backward)
@@ -86,8 +86,8 @@ def _decoded_backward(compute: Compute, held: bool, saved: tuple[Array, Array], 
     codes_BF, w_dec_FD = saved
 
     def dense() -> tuple[Array, ...]:
-        to_codes = by_transposed(out_BD, w_dec_FD, compute.gradient_dtype)
-        return (to_codes,) if held else (to_codes, over_rows(codes_BF, out_BD, compute.gradient_dtype))
+        to_codes = by_transposed(out_BD, w_dec_FD, gradient_dtype(compute.dtype))
+        return (to_codes,) if held else (to_codes, over_rows(codes_BF, out_BD, gradient_dtype(compute.dtype)))
 
     def sparse(found: Pairs) -> tuple[Array, ...]:
         dvalues_P = jnp.where(found.values_P != 0, by_pairs.dots(found, out_BD, w_dec_FD), 0.0)

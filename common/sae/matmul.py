@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from saex_pipe.common.sae.compute import ComputeDtype
+from saex_pipe.common.sae.compute import ComputeDtype, gradient_dtype
 from saex_pipe.common.sae.int8 import int8_product
 
 
@@ -76,7 +76,7 @@ def _forward(a_MN: Array, b_NP: Array, compute_dtype: ComputeDtype) -> tuple[Arr
 
 def _backward(compute_dtype: ComputeDtype, saved: tuple[Array, Array], out_MP: Array) -> tuple[Array, Array]:
     a_MN, b_NP = saved
-    dtype: ComputeDtype = "bfloat16" if compute_dtype == "int8" else compute_dtype
+    dtype = gradient_dtype(compute_dtype)
     return by_transposed(out_MP, b_NP, dtype), over_rows(a_MN, out_MP, dtype)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from saex_pipe.common.sae import pallas_sparse
-from saex_pipe.common.sae.compute import PLAIN, Compute
+from saex_pipe.common.sae.compute import PLAIN, Compute, gradient_dtype
 from saex_pipe.common.sae.crossover import Product, Sizes, Way, way
 from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.select import largest
@@ -131,8 +131,8 @@ def _matrix(active: ActiveCodes, latents: int) -> Float[Array, "B F"]:
 
 
 def _dense(a_MN: Array, b_NP: Array, compute: Compute) -> Array:
-    # Gradients spread too widely for the levels of int8 (see ``matmul``), and the sparse ways have no such rounding.
-    return matmul(a_MN, b_NP, "bfloat16" if compute.dtype == "int8" else compute.dtype)
+    # The sparse ways have no rounding to the levels of int8 either.
+    return matmul(a_MN, b_NP, gradient_dtype(compute.dtype))
 
 
 def _sum(active: ActiveCodes, rows_FD: Array, compute: Compute) -> Float[Array, "B D"]:

@@ -34,8 +34,8 @@ class TopK(Variant):
     k_fraction: float = 0.1  # share of the steps over which it changes to k, linearly
     auxiliary_coefficient: float = 1 / 32
     k_auxiliary: int | None = None  # dead latents per row in the auxiliary loss; None: half the target's width
-    # The auxiliary loss reads every n-th row. With half of 4,608 latents dead, loss and gradients take five times as
-    # long as with none at 1, under twice as long at 8 (two cores, B=2048, D=576).
+    # The auxiliary loss reads every n-th row. With half of 9,216 latents dead, loss and gradients take four times as
+    # long as with none at 1 (two cores, B=2048, D=576).
     auxiliary_stride: int = 1
     decoder_rows: DecoderRows = "unit"
     reconstruction: Reconstruction = "variance_normalised"
