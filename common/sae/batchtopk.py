@@ -27,7 +27,7 @@ from saex_pipe.common.sae.batch_sums import rows_above_zero
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.crossover import Sizes
-from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.matmul import centred_matmul
 from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs, fit_nested
 from saex_pipe.common.sae.pairs import Pairs, encoded, pays
@@ -50,6 +50,8 @@ class BatchTopK(Variant):
     auxiliary_stride: int = 1  # the auxiliary loss reads every n-th row
     decoder_rows: DecoderRows = "unit"
     reconstruction: Reconstruction = "variance_normalised"
+    # Sums of the largest of random directions are about twice as long as what fits the input best.
+    initial: Initial = Initial(encoder_norm=0.5)
 
     @property
     def level_widths(self) -> tuple[int, ...]:
@@ -131,6 +133,6 @@ class BatchTopK(Variant):
         positive_P = (values_P > 0).astype(jnp.int32)
         return levels, jnp.zeros(self.latents, jnp.int32).at[pairs.latents_P].add(positive_P)
 
-    def default_learning_rate(self) -> float:
+    def published_learning_rate(self) -> float:
         """3e-4, that of Bussmann's nested BatchTopK (https://arxiv.org/abs/2503.17547), at every number of latents."""
         return 3e-4

@@ -31,6 +31,7 @@ Params = dict[str, Array]
 DecoderRows = Literal["unit", "at_most_unit", "free"]
 V = TypeVar("V")
 PLAIN_START = Initial()
+FASTEST_TURN = 0.1  # radians a step, of a row of unit length
 
 
 class Moment(NamedTuple):
@@ -134,8 +135,20 @@ class Variant(ABC):
         """Loss of one batch."""
 
     @abstractmethod
-    def default_learning_rate(self) -> float:
+    def published_learning_rate(self) -> float:
         """Peak learning rate for Adam, scaled with the number of latents where the source says so."""
+
+    def default_learning_rate(self, width: int, steps: int) -> float:
+        """Peak learning rate for a run of ``steps`` on rows of ``width``: the published one, or more for a short run.
+
+        A step of Adam at rate r moves each of D weights by about r, and so turns a row of unit length by r sqrt(D).
+        Directions start at random and must turn by about a right angle, for which runs shorter than the published ones
+        leave no time at their rate. Turns of 0.1 a step reconstructed better than 0.05 and 0.2 after 244 steps on toy
+        data (D=256) and after 448 on a language model (D=576), and little worse than 0.2 after 112. 2 / sqrt(steps)
+        joins that to the published rates: 3e-4 for D=768 and 60,000 steps.
+        """
+        turn = min(FASTEST_TURN, 2 / steps**0.5)
+        return max(self.published_learning_rate(), turn / width**0.5)
 
     def decode(
         self, params: Params, codes_BF: Float[Array, "B F"], compute: Compute = PLAIN

@@ -134,7 +134,7 @@ class Dense(Variant):
         """What else the variant minimises."""
         return jnp.zeros((), jnp.float32)
 
-    def default_learning_rate(self) -> float:
+    def published_learning_rate(self) -> float:
         """5e-5 at every number of latents: the value of the April update and of its successors."""
         return 5e-5
 

@@ -1,6 +1,7 @@
 """Initial parameters.
 
-encoder   decoder_transpose   W_enc = W_dec^T (of directions of its own where input and target differ in width)
+encoder   decoder_transpose   columns of W_enc along rows of W_dec (of directions of their own where input and target
+                              differ in width)
           kaiming             uniform with variance 2/D. Delving deep into rectifiers. Kaiming He, Xiangyu Zhang,
                               Shaoqing Ren, Jian Sun. 2015. https://arxiv.org/abs/1502.01852
           orthogonal          orthonormal bases of the input, one after another, each drawn anew
@@ -50,6 +51,7 @@ class Initial:
     """How the parameters of an SAE start; the kinds are at the head of the file."""
 
     decoder_norm: float = 1.0  # length of the decoder's rows, unless they are a pseudo-inverse or zero
+    encoder_norm: float | None = None  # length of the encoder's columns, of decoder_transpose; None: ``_fitting_norm``
     encoder: Literal["decoder_transpose", "kaiming", "orthogonal"] = "decoder_transpose"
     decoder: Literal["unit", "kaiming", "orthogonal", "pseudo_inverse", "zero"] = "unit"
     decoder_bias: Literal["zero", "mean", "geometric_median"] = "mean"
@@ -126,10 +128,20 @@ def _weights(
         return w_enc_FD, _pseudo_inverse(w_enc_FD.T)
     w_dec_FD = initial.decoder_norm * _unit_rows(_drawn(initial.decoder, decoder_key, latents, width_out))
     if initial.encoder == "decoder_transpose":
-        w_enc_FD = w_dec_FD
-        if width_in != width_out:
-            w_enc_FD = initial.decoder_norm * _unit_rows(_drawn(initial.decoder, encoder_key, latents, width_in))
+        drawn_FD = w_dec_FD if width_in == width_out else _drawn(initial.decoder, encoder_key, latents, width_in)
+        norm = initial.encoder_norm or _fitting_norm(initial.decoder_norm, latents, width_in)
+        w_enc_FD = norm * _unit_rows(drawn_FD)
     return w_enc_FD, w_dec_FD
+
+
+def _fitting_norm(decoder_norm: float, latents: int, width: int) -> float:
+    """Length of the encoder's columns: the decoder's, or less where the reconstruction would be longer than the input.
+
+    Columns of length a and rows of length b along F random directions, of which half are active on a row, sum up to
+    a b F / (2 D) times the input. With a = b = 1 that is 9 for F = 4608 and D = 256, and must first be
+    unlearnt.
+    """
+    return min(decoder_norm, 2 * width / (latents * decoder_norm))
 
 
 def _encoder_bias(

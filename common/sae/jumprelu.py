@@ -167,6 +167,6 @@ class JumpRelu(Variant):
         """Thresholds have a rate of their own."""
         return {"threshold_F": self.threshold_rate}
 
-    def default_learning_rate(self) -> float:
+    def published_learning_rate(self) -> float:
         """That of the form's source, at every number of latents."""
         return PUBLISHED[self.jumprelu_form].learning_rate

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from saex_pipe.common.sae.auxk import auxk_loss
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
+from saex_pipe.common.sae.initial import Initial
 from saex_pipe.common.sae.reconstruction import Reconstruction, fit
 from saex_pipe.common.sae.schedules import k_now
 from saex_pipe.common.sae.sharded import decode_active, dense_codes, rows_active, topk_codes
@@ -39,6 +40,8 @@ class TopK(Variant):
     auxiliary_stride: int = 1
     decoder_rows: DecoderRows = "unit"
     reconstruction: Reconstruction = "variance_normalised"
+    # Sums of the largest of random directions are about twice as long as what fits the input best.
+    initial: Initial = Initial(encoder_norm=0.5)
 
     def active(
         self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute, k: int | None = None
@@ -96,6 +99,6 @@ class TopK(Variant):
         last_B1 = jax.lax.dynamic_slice_in_dim(ordered_BK, k - 1, 1, axis=1)
         return active._replace(values_BK=jnp.where(active.values_BK >= last_B1, active.values_BK, 0.0))
 
-    def default_learning_rate(self) -> float:
+    def published_learning_rate(self) -> float:
         """2e-4 at 2^14 latents, falling with the square root of their number (Gao et al. 2024, section 3)."""
         return 2e-4 / (self.latents / 2**14) ** 0.5

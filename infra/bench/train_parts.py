@@ -87,7 +87,7 @@ def whole_step(variant: Variant, shape: Shape, dtype: ComputeDtype, *, few: bool
     params = initial(variant, shape)
     params = with_active(variant, params, shape) if few else params
     state = init_state(params, optimiser, normalisers)
-    x_BD, rate = rows_of(shape), jnp.float32(0 if few else variant.default_learning_rate())
+    x_BD, rate = rows_of(shape), jnp.float32(0 if few else variant.published_learning_rate())
 
     def call() -> Any:
         nonlocal state

@@ -55,11 +55,11 @@ class Learner:
         widths = tuple(store.info.taps[tap] for tap in sides.input)
         kind = {"transcoder": sides.input != sides.target or None, "tap_widths": widths if len(widths) > 1 else None}
         self.variants = [variant_of(config, sum(widths), kind) for config in configs]
+        self.total_steps = math.ceil(shared.rows / shared.batch_rows)
         rates = [
-            config.learning_rate or variant.default_learning_rate()
+            config.learning_rate or variant.default_learning_rate(sum(widths), self.total_steps)
             for config, variant in zip(configs, self.variants, strict=True)
         ]
-        self.total_steps = math.ceil(shared.rows / shared.batch_rows)
         with_rows = any(variant.initial.needs_rows for variant in self.variants)
         units: Units = like._units if like else units_of(shared, store, sides, with_rows=with_rows, resumed=resumed)
         self._units: Units = jax.device_get(units)

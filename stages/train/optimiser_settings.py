@@ -12,7 +12,11 @@ class OptimiserSettings(StageConfig):
     """Optimiser, schedules, precision."""
 
     learning_rate: float | None = setting(
-        None, unit="", meaning="peak of the schedule; unset: scaled with latents", gt=0
+        None,
+        unit="",
+        meaning="peak of the schedule; unset: that of the variant's source, or more where the run is short (the "
+        "lesser of 0.1 and 2 / sqrt(steps), over the root of the width)",
+        gt=0,
     )
     learning_rate_warmup: float | None = setting(
         None, unit="share of the run or steps", meaning="linear rise; unset: 0.05, at most 1,000 steps", ge=0

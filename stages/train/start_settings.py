@@ -45,6 +45,13 @@ class StartSettings(StageConfig):
         meaning="length of the decoder's rows at the start, where they are free (default 1; relu 0.1)",
         gt=0,
     )
+    initial_encoder_norm: float | None = setting(
+        None,
+        unit="",
+        meaning="length of the encoder's columns at the start, where they are the decoder's rows (default 0.5 of topk "
+        "and batchtopk, else that of the rows, or 2 widths / latents over it if that is less)",
+        gt=0,
+    )
     initial_decoder_bias: Literal["zero", "mean", "geometric_median"] | None = setting(
         None, unit="", meaning="decoder bias at the start (default mean)"
     )

@@ -194,7 +194,7 @@ def _compiled(
         splice,
         normalisers,
         adam(steps),
-        learning_rate=config.learning_rate or _OF_A_FULL_RATE * variant.default_learning_rate(),
+        learning_rate=config.learning_rate or _OF_A_FULL_RATE * variant.published_learning_rate(),
         objective=config.objective,
         balance=config.balance,
         compute=Compute(dtype=config.compute_dtype),
