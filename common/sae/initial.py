@@ -128,9 +128,11 @@ def _weights(
         return w_enc_FD, _pseudo_inverse(w_enc_FD.T)
     w_dec_FD = initial.decoder_norm * _unit_rows(_drawn(initial.decoder, decoder_key, latents, width_out))
     if initial.encoder == "decoder_transpose":
-        drawn_FD = w_dec_FD if width_in == width_out else _drawn(initial.decoder, encoder_key, latents, width_in)
+        w_enc_FD = w_dec_FD
+        if width_in != width_out:
+            w_enc_FD = initial.decoder_norm * _unit_rows(_drawn(initial.decoder, encoder_key, latents, width_in))
         norm = initial.encoder_norm or _fitting_norm(initial.decoder_norm, latents, width_in)
-        w_enc_FD = norm * _unit_rows(drawn_FD)
+        w_enc_FD = norm / initial.decoder_norm * w_enc_FD
     return w_enc_FD, w_dec_FD
 
 

@@ -43,7 +43,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from saex_pipe.common.sae.batch_sums import rows_above_zero
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
-from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.reconstruction import Fit, fit
 from saex_pipe.common.sae.straight_through import above, jump, rows_above
 
@@ -94,6 +94,7 @@ class JumpRelu(Variant):
     frequency_limit: float = 0.1  # share of rows above which a latent is penalised by target_l0
     decoder_rows: DecoderRows = PUBLISHED["tanh"].decoder_rows
     centred: bool = PUBLISHED["tanh"].centred
+    initial: Initial = Initial(encoder_norm=1.0)  # shorter columns would leave all latents below their thresholds
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:

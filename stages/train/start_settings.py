@@ -49,7 +49,7 @@ class StartSettings(StageConfig):
         None,
         unit="",
         meaning="length of the encoder's columns at the start, where they are the decoder's rows (default 0.5 of topk "
-        "and batchtopk, else that of the rows, or 2 widths / latents over it if that is less)",
+        "and batchtopk, 1 of jumprelu, else that of the rows, or 2 widths / latents over it if that is less)",
         gt=0,
     )
     initial_decoder_bias: Literal["zero", "mean", "geometric_median"] | None = setting(

@@ -52,6 +52,27 @@ def test_rows_of_the_decoder_have_the_length_asked_for_and_the_encoder_is_their_
     params = started(relu(decoder=decoder, decoder_norm=0.3))
     np.testing.assert_allclose(np.linalg.norm(params["w_dec_FD"], axis=1), 0.3, rtol=1e-5)
     np.testing.assert_array_equal(params["w_enc_DF"], params["w_dec_FD"].T)
+    longer = started(relu(decoder=decoder, decoder_norm=0.3, encoder_norm=0.6))
+    np.testing.assert_allclose(longer["w_enc_DF"], 2 * params["w_dec_FD"].T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gated", "p_annealing", "relu", "wright"])
+def test_at_the_start_a_wide_sae_does_not_overshoot(name: str) -> None:
+    """Its reconstruction is about as long as the input, or shorter, however many latents are active."""
+    width, latents = 32, 2048
+    x_BD = jax.random.normal(jax.random.key(1), (256, width))
+    params = build(name, latents, **RELU).init(jax.random.key(0), DataStats(jnp.zeros(width), jnp.zeros(width)))
+    variant = build(name, latents, **RELU)
+    recon_BD = variant.decode(params, variant.encode(params, x_BD))
+    along = float(jnp.sum(recon_BD * x_BD) / jnp.sum(x_BD**2))
+    assert 0.2 < along < 1.1
+
+
+def test_the_default_rate_is_the_published_one_or_turns_short_runs_faster() -> None:
+    topk = build("topk", 2**14, k=8)
+    assert topk.default_learning_rate(768, 10**8) == 2e-4
+    assert topk.default_learning_rate(768, 10_000) == pytest.approx(0.02 / 768**0.5)
+    assert topk.default_learning_rate(768, 4) == pytest.approx(0.1 / 768**0.5)
 
 
 @pytest.mark.parametrize("latents", [LATENTS, 12])
