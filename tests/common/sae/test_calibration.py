@@ -1,6 +1,7 @@
 """The thresholds of a BatchTopK SAE have the L0 of training, and keep it when a scale is folded into the weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from saex_pipe.common.sae.calibration import calibrated
 from saex_pipe.common.sae.contract import Params
 from saex_pipe.common.sae.folding import fold
 from saex_pipe.common.sae.inference import Sae
-from saex_pipe.common.sae.initial import DataStats
+from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 
 WIDTH, LATENTS, K = 16, 48, reference.K
@@ -21,6 +22,7 @@ WIDTH, LATENTS, K = 16, 48, reference.K
 
 def start(variant: BatchTopK) -> Params:
     rng = np.random.default_rng(0)
+    variant = replace(variant, initial=Initial(encoder_norm=1.0))  # beside which the noise below is small
     params = variant.init(jax.random.key(0), DataStats(jnp.full(WIDTH, 0.5), jnp.full(WIDTH, 0.5)))
     return {key: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for key, leaf in params.items()}
 
