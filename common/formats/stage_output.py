@@ -117,7 +117,7 @@ def stage_output(config: StageConfig, *, force: bool = False) -> Iterator[StageO
     digest = canonical_digest(fields)
     target, staging = Folder(config.out), _staging(config)
     _settle_replacement(staging, target, digest)
-    found = found_fingerprint(target)
+    found = _found(target)
     output = StageOutput(config, target, target, fields)
     if found is not None and canonical_digest(found) != digest:
         if not force:
@@ -126,8 +126,6 @@ def stage_output(config: StageConfig, *, force: bool = False) -> Iterator[StageO
         waiting = found_fingerprint(staging)
         if waiting is not None and canonical_digest(waiting) != digest:
             staging.delete()
-    elif found is None and target.list():
-        raise InputError(f"{target.uri} holds files that are not a stage's output", "choose another --out or empty it")
     else:
         output.manifest = Manifest.read(target)
     if output.manifest is None:
@@ -153,6 +151,22 @@ def finished_output(config: StageConfig) -> Manifest | None:
     _settle_replacement(_staging(config), target, digest)
     manifest = Manifest.read(target)
     return manifest if manifest is not None and manifest.digest == digest else None
+
+
+def _found(target: Folder) -> dict[str, Any] | None:
+    """The fingerprint of what ``target`` holds or is receiving, None for an empty one.
+
+    Every worker writes its fingerprint before anything else: of files seen without one it must be looked for again, as
+    a worker may have come in between.
+    """
+    found = found_fingerprint(target)
+    if found is None and target.list():
+        found = found_fingerprint(target)
+        if found is None:
+            raise InputError(
+                f"{target.uri} holds files that are not a stage's output", "choose another --out or empty it"
+            )
+    return found
 
 
 def _staging(config: StageConfig) -> Folder:

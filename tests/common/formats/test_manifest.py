@@ -65,6 +65,20 @@ def test_a_finished_replacement_is_settled_and_an_unfinished_one_undone(tmp_path
     assert Manifest.require(str(bread), ("bake",)).contents == {"salt": 2}
 
 
+def test_a_worker_that_starts_at_the_same_moment_is_no_stranger(tmp_path, monkeypatch):
+    listed = Folder.list
+
+    def list_after_another_has_started(folder, prefix=""):
+        monkeypatch.setattr(Folder, "list", listed)
+        with pytest.raises(KeyError):
+            fail(tmp_path / "bread", "ledger/000000.json", KeyError("killed"))
+        return folder.list(prefix)
+
+    monkeypatch.setattr(Folder, "list", list_after_another_has_started)
+    with stage_output(Config(out=str(tmp_path / "bread"))) as output:
+        assert output.finished_shards() == {0}
+
+
 @pytest.mark.parametrize("error", [InputError("bad", "mend it"), SaexError("bad"), KeyError("bad")])
 @pytest.mark.parametrize("name", ["ledger/000000.json", "parts/codes.npz", "state/5/x"])
 def test_work_that_the_next_run_goes_on_from_is_kept(error, name, tmp_path):

@@ -279,7 +279,12 @@ def test_hosts_of_one_computation_write_their_own_shards(inputs, whole, tmp_path
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", HOSTS, settings, address]
     hosts = [subprocess.Popen([*command, str(n)], env=environment, stdout=subprocess.PIPE, text=True) for n in range(2)]
-    said = [host.communicate(timeout=90)[0] for host in hosts]
+    try:
+        said = [host.communicate(timeout=90)[0] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+            host.communicate()
     assert [host.returncode for host in hosts] == [0, 0]
     assert all("its 5 shards are done" in line or not line for line in said)
     check_same(tmp_path / "a", whole)
