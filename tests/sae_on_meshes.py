@@ -51,8 +51,9 @@ def batch_BD(step: int) -> np.ndarray:
 
 def make_state(variant: Variant, dead: int, optimiser: Optimiser = ADAM, seed: int = 0) -> TrainState:
     """A state with moving averages, in which every third latent, ``dead`` of them, has not fired for long."""
-    mean_D = jnp.asarray(batch_BD(0).mean(axis=0))
-    params = variant.init(jax.random.key(seed), DataStats(mean_D, mean_D))
+    x_BD = jnp.asarray(batch_BD(0))
+    mean_D = x_BD.mean(axis=0)
+    params = variant.init(jax.random.key(seed), DataStats(mean_D, mean_D, x_BD, x_BD))
     normalisers = Normalisers(*(Normaliser(jnp.full(WIDTH, 1.25)) for _ in range(2)))
     state = init_state(params, optimiser.build(STEPS), normalisers, averaged=True)
     since_F = 10_000 * ((jnp.arange(LATENTS) * 3) % (LATENTS + 1) < dead).astype(jnp.int32)

@@ -138,6 +138,10 @@ class Variant(ABC):
     def published_learning_rate(self) -> float:
         """Peak learning rate for Adam, scaled with the number of latents where the source says so."""
 
+    def published_sparsity_warmup(self) -> float:
+        """Share of the run over which the sparsity penalty rises from 0."""
+        return 0.0
+
     def default_learning_rate(self, width: int, steps: int) -> float:
         """Peak learning rate for a run of ``steps`` on rows of ``width``: the published one, or more for a short run.
 

@@ -17,7 +17,8 @@ https://transformer-circuits.pub/2025/january-update/index.html
 
 with the estimate reaching all parameters and b_pre = 0; c = 4, lambda about 20 at the end and rising over the whole
 run, lambda_p = 3e-6, eps = 2, theta_0 = 0.1. The update pulls on every latent below its threshold; on dead ones alone
-(as SAELens does) the term leaves the codes of the others unbiased.
+(as SAELens does) the term leaves the codes of the others unbiased. From its start every latent fires on a given share
+of the rows, which all forms take: however short the encoder's columns are, they then reach their thresholds.
 
 ``target_l0``: Gemma Scope 2. Google DeepMind. 2025. Its penalty is quadratic around a wanted number of active latents,
 so that lambda needs no sweep, and latents that fire on more than a tenth of the rows are penalised:
@@ -59,14 +60,16 @@ class Published(NamedTuple):
     decoder_rows: DecoderRows
     centred: bool
     learning_rate: float
+    sparsity_warmup: float
 
 
 PUBLISHED: dict[JumpReluForm, Published] = {
-    "l0": Published(0.03, 0.03, 1.0, "unit", True, 7e-5),
+    "l0": Published(0.03, 0.03, 1.0, "unit", True, 7e-5, 0.0),
     # A tenth of the rate on thresholds is the setting of llamascopium, an open implementation of the update.
-    "tanh": Published(2.0, 0.1, 0.1, "free", False, 2e-4),
-    "target_l0": Published(0.03, 0.03, 1.0, "unit", True, 7e-5),
+    "tanh": Published(2.0, 0.1, 0.1, "free", False, 2e-4, 1.0),
+    "target_l0": Published(0.03, 0.03, 1.0, "unit", True, 7e-5, 0.0),
 }
+_OF_A_RUN = ("learning_rate", "sparsity_warmup")  # rather than of the SAE
 
 
 SWEPT = (
@@ -94,14 +97,13 @@ class JumpRelu(Variant):
     frequency_limit: float = 0.1  # share of rows above which a latent is penalised by target_l0
     decoder_rows: DecoderRows = PUBLISHED["tanh"].decoder_rows
     centred: bool = PUBLISHED["tanh"].centred
-    initial: Initial = Initial(encoder_norm=1.0)  # shorter columns would leave all latents below their thresholds
+    initial: Initial = Initial(encoder_bias="firing_share")
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the form is published with."""
         published = PUBLISHED[given.get("jumprelu_form", "tanh")]._asdict()
-        del published["learning_rate"]
-        return published
+        return {name: value for name, value in published.items() if name not in _OF_A_RUN}
 
     def init(self, key: PRNGKeyArray, stats: DataStats) -> Params:
         """Parameters at step 0."""
@@ -171,3 +173,7 @@ class JumpRelu(Variant):
     def published_learning_rate(self) -> float:
         """That of the form's source, at every number of latents."""
         return PUBLISHED[self.jumprelu_form].learning_rate
+
+    def published_sparsity_warmup(self) -> float:
+        """That of the form's source."""
+        return PUBLISHED[self.jumprelu_form].sparsity_warmup

@@ -50,6 +50,10 @@ class Relu(Penalised):
         free = given.get("decoder_rows", "free") == "free"
         return {} if free else {"centred": True, "weighted_by_decoder_norms": False}
 
+    def published_sparsity_warmup(self) -> float:
+        """That of the April update."""
+        return 0.05
+
     def activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Activations:
         """Penalised are the codes."""
         pre_BF = self.pre_activations(params, x_BD, compute)

@@ -64,8 +64,8 @@ def rows_of(shape: Shape) -> jax.Array:
 
 def initial(variant: Variant, shape: Shape) -> Params:
     """Parameters at step 0, for rows of mean 0."""
-    zeros = jnp.zeros(shape.width)
-    return jax.jit(lambda key: variant.init(key, DataStats(zeros, zeros)))(jax.random.key(1))
+    zeros, rows = jnp.zeros(shape.width), rows_of(shape)
+    return jax.jit(lambda key: variant.init(key, DataStats(zeros, zeros, rows, rows)))(jax.random.key(1))
 
 
 def with_active(variant: Variant, params: Params, shape: Shape) -> Params:

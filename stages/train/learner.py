@@ -67,7 +67,7 @@ class Learner:
         self._optimiser = optimiser.build(self.total_steps)
         self._rate_factor = jax.jit(partial(optimiser.schedule.factor, self.total_steps))
         self.devices = Devices.of(shared, self.variants[0].latents, devices)
-        settings = step_settings(shared, self.total_steps, self.devices.mesh)
+        settings = step_settings(shared, self.variants[0], self.total_steps, self.devices.mesh)
         step = make_step(self._optimiser, settings)
         if len(configs) == 1:
             self._variant, self._rate = self.variants[0], np.asarray(rates[0], np.float32)
@@ -219,8 +219,9 @@ def optimiser_of(config: Config) -> Optimiser:
     )
 
 
-def step_settings(config: Config, total_steps: int, mesh: Mesh | None) -> StepSettings:
+def step_settings(config: Config, variant: Variant, total_steps: int, mesh: Mesh | None) -> StepSettings:
     """What a step is besides variant and optimiser."""
+    warmup = variant.published_sparsity_warmup() if config.sparsity_warmup is None else config.sparsity_warmup
     if config.batch_rows % config.micro_batches:
         raise InputError(
             f"train.batch_rows = {config.batch_rows} does not divide into train.micro_batches = {config.micro_batches}",
@@ -231,9 +232,7 @@ def step_settings(config: Config, total_steps: int, mesh: Mesh | None) -> StepSe
     return StepSettings(
         total_steps=total_steps,
         dead_after_rows=config.dead_after_rows,
-        sparsity_schedule=partial(penalty_factor, config.sparsity_warmup, total_steps)
-        if config.sparsity_warmup
-        else None,
+        sparsity_schedule=partial(penalty_factor, warmup, total_steps) if warmup else None,
         micro_batches=config.micro_batches,
         average_decay=config.average_decay,
         weight_dtype=config.weight_dtype,

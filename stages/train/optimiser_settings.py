@@ -70,6 +70,10 @@ class OptimiserSettings(StageConfig):
         unit="",
         meaning="type in which matrices are kept; bfloat16 halves them and rounds every update stochastically",
     )
-    sparsity_warmup: float = setting(
-        0.0, unit="share of the run or steps", meaning="linear rise of the sparsity penalty from 0", ge=0
+    sparsity_warmup: float | None = setting(
+        None,
+        unit="share of the run or steps",
+        meaning="linear rise of the sparsity penalty from 0 (default 0.05 of relu, the whole run of jumprelu's tanh, "
+        "else none)",
+        ge=0,
     )

@@ -86,12 +86,20 @@ def joined(batch: Mapping[str, np.ndarray], taps: Sequence[str]) -> Float[np.nda
 
 
 def first_rows(config: Config, store: Rows, taps: tuple[str, ...], *, resumed: bool) -> dict[str, np.ndarray]:
-    """The first ``sample_rows`` rows of training, by tap, float32; as many zeros where it is ``resumed``."""
-    count = config.sample_rows if store.rows is None else min(config.sample_rows, store.rows)
+    """The first ``sample_rows`` rows of training, by tap, float32; as many zeros where it is ``resumed``.
+
+    Of a store that is followed they are of the first tranche: its writer may wait for room until that is learnt from.
+    """
+    if store.rows is None:
+        count = min(config.sample_rows, store.statistics(taps[0]).count)
+        steps = max(1, count // config.batch_rows)
+    else:
+        count = min(config.sample_rows, store.rows)
+        steps = -(-count // config.batch_rows)
     if resumed:
         return {tap: np.zeros((count, store.info.taps[tap]), np.float32) for tap in taps}
     with make_reader(config, store, taps) as reader:
-        batches = [reader.batch(step, slice(None)) for step in range(-(-count // config.batch_rows))]
+        batches = [reader.batch(step, slice(None)) for step in range(steps)]
         return {tap: np.concatenate([batch[tap] for batch in batches])[:count].astype(np.float32) for tap in taps}
 
 

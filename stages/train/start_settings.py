@@ -49,14 +49,17 @@ class StartSettings(StageConfig):
         None,
         unit="",
         meaning="length of the encoder's columns at the start, where they are the decoder's rows (default 0.5 of topk "
-        "and batchtopk, 1 of jumprelu, else that of the rows, or 2 widths / latents over it if that is less)",
+        "and batchtopk, else that of the rows, or 2 widths / latents over it if that is less)",
         gt=0,
     )
     initial_decoder_bias: Literal["zero", "mean", "geometric_median"] | None = setting(
         None, unit="", meaning="decoder bias at the start (default mean)"
     )
     initial_encoder_bias: Literal["zero", "centred", "firing_share"] | None = setting(
-        None, unit="", meaning="encoder bias at the start: pre-activations of mean 0 (default), or as often above it"
+        None,
+        unit="",
+        meaning="encoder bias at the start: 0, pre-activations of mean 0 (default), or latents that fire equally often "
+        "(default of jumprelu)",
     )
     initial_firing_share: float | None = setting(
         None,

@@ -68,7 +68,7 @@ def start(batch: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Pa
     @cache
     def parameters(variant: Variant, seed: int = 0) -> Params:
         x_BD, target_BD = batch(variant.transcoder, seed=1, rows=512)
-        return variant.init(jax.random.key(seed), DataStats(x_BD.mean(axis=0), target_BD.mean(axis=0)))
+        return variant.init(jax.random.key(seed), DataStats(x_BD.mean(axis=0), target_BD.mean(axis=0), x_BD, target_BD))
 
     return parameters
 

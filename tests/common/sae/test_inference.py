@@ -15,7 +15,8 @@ WIDTH, LATENTS, K = 16, 64, 5
 def sae(name: str) -> Sae:
     settings = {"sparsity_coefficient": 1.0} if name in ("relu", "jumprelu") else {"k": K}
     variant = build(name, LATENTS, **settings)
-    params = variant.init(jax.random.key(0), DataStats(jnp.zeros(WIDTH), jnp.zeros(WIDTH)))
+    mean_D, x_ND = jnp.zeros(WIDTH), acts_NLD()[0]
+    params = variant.init(jax.random.key(0), DataStats(mean_D, mean_D, x_ND, x_ND))
     if "threshold_F" in params:  # rows differ in how many codes are above it
         params["threshold_F"] = jnp.full(LATENTS, 1.0)
     return Sae(variant, params)

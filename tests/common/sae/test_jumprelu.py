@@ -13,6 +13,7 @@ from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.jumprelu import PUBLISHED, JumpRelu
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
+from saex_pipe.common.sae.schedules import penalty_factor
 from saex_pipe.common.sae.straight_through import above, jump, rows_above
 from saex_pipe.common.sae.train_step import StepSettings, init_state, make_step
 from saex_pipe.common.sae.variants import build
@@ -22,7 +23,7 @@ LATENTS = 48
 
 def start(variant: JumpRelu, x_BD: jax.Array) -> Params:
     mean_D, rng = x_BD.mean(axis=0), np.random.default_rng(5)
-    params = variant.init(jax.random.key(0), DataStats(mean_D, mean_D))
+    params = variant.init(jax.random.key(0), DataStats(mean_D, mean_D, x_BD, x_BD))
     return {key: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for key, leaf in params.items()}
 
 
@@ -72,6 +73,24 @@ def test_a_form_comes_with_what_it_is_published_with() -> None:
     assert build("jumprelu", 64, sparsity_coefficient=1.0) == JumpRelu(latents=64, sparsity_coefficient=1.0)
 
 
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_at_the_start_latents_reach_their_thresholds_however_short_the_columns(
+    form: str, toy_rows: Callable[..., jax.Array]
+) -> None:
+    x_BD = toy_rows(0)
+    variant = build("jumprelu", 16 * 128, sparsity_coefficient=1.0, jumprelu_form=form)
+    params = variant.init(jax.random.key(0), DataStats(x_BD.mean(axis=0), x_BD.mean(axis=0), x_BD, x_BD))
+    assert float(jnp.linalg.norm(params["w_enc_DF"], axis=0).max()) < 0.02
+    assert float((variant.encode(params, x_BD) > 0).mean()) == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize(("form", "factor"), [("tanh", 0.25), ("l0", 1.0), ("target_l0", 1.0)])
+def test_the_penalty_of_tanh_rises_over_the_whole_run(form: str, factor: float) -> None:
+    variant = build("jumprelu", LATENTS, sparsity_coefficient=1.0, jumprelu_form=form)
+    warmup = variant.published_sparsity_warmup()
+    assert float(penalty_factor(warmup, 100, jnp.float32(0.25))) == factor
+
+
 def test_thresholds_move_at_their_own_rate_in_float32_and_stay_at_or_above_zero(
     toy_rows: Callable[..., jax.Array],
 ) -> None:
@@ -79,7 +98,7 @@ def test_thresholds_move_at_their_own_rate_in_float32_and_stay_at_or_above_zero(
     moved = {}
     for threshold_rate in (1.0, 0.1):
         variant = JumpRelu(latents=LATENTS, sparsity_coefficient=1.0, threshold_rate=threshold_rate)
-        params = variant.init(jax.random.key(0), DataStats(x_BD.mean(axis=0), x_BD.mean(axis=0)))
+        params = variant.init(jax.random.key(0), DataStats(x_BD.mean(axis=0), x_BD.mean(axis=0), x_BD, x_BD))
         same = Normaliser(jnp.ones(16))
         state = init_state(params, optimiser, Normalisers(same, same))
         state, _ = jax.jit(make_step(optimiser, StepSettings(total_steps=10)))(
@@ -98,7 +117,7 @@ def test_target_l0_is_reached_unless_latents_would_fire_too_often(
     limit: float, toy_rows: Callable[..., jax.Array]
 ) -> None:
     settings = {"sparsity_coefficient": 30.0, "target_l0": 5.0, "bandwidth": 0.2, "frequency_limit": limit}
-    variant = build("jumprelu", LATENTS, jumprelu_form="target_l0", **settings)
+    variant = build("jumprelu", LATENTS, jumprelu_form="target_l0", initial_encoder_bias="centred", **settings)
     optimiser, same = adam(300), Normaliser(jnp.ones(16))
     rows = [toy_rows(seed) for seed in range(4)]
     state = init_state(start(variant, rows[0]), optimiser, Normalisers(same, same))

@@ -77,7 +77,7 @@ def test_loss_and_gradients_over_a_mesh_equal_those_of_one_device(
     own = {"k": 3} if "batch" in name else {"sparsity_coefficient": 1.0, "threshold_start": 0.5}
     variant = build(name, LATENTS, levels=(5, 20), **own)
     x_BD, at = toy_rows(0, ROWS), Moment.plain(LATENTS)._replace(dead_F=jnp.arange(LATENTS) < 8)
-    params = variant.init(jax.random.key(0), DataStats(x_BD.mean(axis=0), x_BD.mean(axis=0)))
+    params = variant.init(jax.random.key(0), DataStats(x_BD.mean(axis=0), x_BD.mean(axis=0), x_BD, x_BD))
     mesh = make_mesh(4)  # of eight devices: two ways to cut the rows, four to cut the latents
 
     def loss(compute: Compute) -> Callable:

@@ -87,8 +87,8 @@ def exported(case: str) -> tuple[Sae, jax.Array]:
     variant, width_out, _ = CASES[case]
     rng = np.random.default_rng(0)
     raw_BD = jnp.asarray(RAW_NORM / WIDTH**0.5 * (rng.normal(size=(ROWS, WIDTH)) + 3), jnp.float32)
-    stats = DataStats(jnp.full(WIDTH, 3.0), jnp.full(width_out, 3.0))
-    params = variant.init(jax.random.key(0), stats)
+    rows = (jnp.asarray(rng.normal(3, 1, (ROWS, width)), jnp.float32) for width in (WIDTH, width_out))
+    params = variant.init(jax.random.key(0), DataStats(jnp.full(WIDTH, 3.0), jnp.full(width_out, 3.0), *rows))
     params = {key: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for key, leaf in params.items()}
     scale = WIDTH**0.5 / RAW_NORM
     normalisers = Normalisers(

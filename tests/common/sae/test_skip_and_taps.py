@@ -22,7 +22,9 @@ def batch() -> tuple[jax.Array, jax.Array]:
 
 
 def trained(variant: Variant, width_out: int) -> Params:
-    params = variant.init(jax.random.key(0), DataStats(jnp.ones(WIDTH), jnp.ones(width_out)))
+    x_BD, y_BD = batch()
+    target_BD = y_BD if width_out == OUT else x_BD
+    params = variant.init(jax.random.key(0), DataStats(jnp.ones(WIDTH), jnp.ones(width_out), x_BD, target_BD))
     rng = np.random.default_rng(1)
     return {name: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in params.items()}
 

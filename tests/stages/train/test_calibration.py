@@ -14,6 +14,7 @@ from saex_pipe.common.formats.followed_store import Room, freed_below
 from saex_pipe.common.formats.zarr_array import Tiling
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.saelens import from_saelens
+from saex_pipe.common.sae.variants import build
 from saex_pipe.stages.toy import run as toy
 from saex_pipe.stages.toy.config import Config as ToyConfig
 from saex_pipe.stages.train import calibration
@@ -27,7 +28,7 @@ SETTINGS = {"variant": "batchtopk", "latents": 32, "k": 2, "batch_rows": 128, "r
 @pytest.mark.parametrize("codes", ["auto", "sparse", "dense"])
 def test_how_codes_are_multiplied_can_be_set(codes):
     config = Config.create({"store": "s", "out": "o", "codes": codes} | SETTINGS)
-    assert step_settings(config, 40, None).compute.codes == codes
+    assert step_settings(config, build("batchtopk", 32, k=2), 40, None).compute.codes == codes
 
 
 class Killed(BaseException):

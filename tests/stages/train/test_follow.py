@@ -12,8 +12,10 @@ from saex_pipe.common.formats import followed_store
 from saex_pipe.common.formats.checkpoint import read_sae
 from saex_pipe.common.formats.followed_store import Room, freed_below
 from saex_pipe.common.formats.zarr_array import Tiling
+from saex_pipe.common.preemption import graceful_stop
 from saex_pipe.stages.train import run as train
 from saex_pipe.stages.train.config import Config
+from saex_pipe.stages.train.rows import first_rows, open_rows
 
 SETTINGS = {
     "variant": "topk",
@@ -90,6 +92,23 @@ def test_a_follower_frees_what_it_has_learnt_from_and_the_writer_goes_on(tmp_pat
     assert freed_below(store.folder) == 4
     assert max(most) <= 4
     check_same(weights(tmp_path / "sae"), expected)
+
+
+def test_a_sample_of_rows_waits_for_nothing_beyond_the_first_tranche(tmp_path, monkeypatch):
+    """A writer without room writes no more before a step was taken, and a step needs the sample."""
+    store = SmallStore(tmp_path / "store", **SHAPE).start()
+    store.write(0, 1)
+
+    def end(self, ready):
+        assert ready()
+
+    monkeypatch.setattr(followed_store.FollowedStore, "_wait_for", end)
+    settings = SETTINGS | {"store": store.uri, "out": "unused", "follow": True, "sample_rows": 2000}
+    with graceful_stop() as stop:
+        followed, sides = open_rows(Config.create(settings), stop)
+    sample = first_rows(Config.create(settings), followed, sides.taps, resumed=False)
+    (rows,) = (sample[tap].shape[0] for tap in sides.taps)
+    assert rows == followed.statistics(sides.taps[0]).count // 32 * 32
 
 
 def test_a_follower_that_is_stopped_goes_on_where_it_was(tmp_path, expected, monkeypatch):

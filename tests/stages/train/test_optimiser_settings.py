@@ -9,6 +9,7 @@ from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.checkpoint import SAE_FILES, read_sae
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.row_reader import RowReader
+from saex_pipe.common.sae.variants import build
 from saex_pipe.stages.toy import run as toy
 from saex_pipe.stages.toy.config import Config as ToyConfig
 from saex_pipe.stages.train import devices
@@ -109,7 +110,7 @@ def test_settings_reach_optimiser_and_step(store, tmp_path):
     assert (optimiser.epsilon, optimiser.clip_norm) == (1e-8, 3.0)
     rates = [float(optimiser.schedule.factor(100, jnp.asarray(step))) for step in (0, 3, 50, 99)]
     assert rates == pytest.approx([0.25, 1, 1, 0.04])
-    settings = step_settings(given, 100, None)
+    settings = step_settings(given, build("relu", 8, sparsity_coefficient=1.0), 100, None)
     assert settings.micro_batches == 4
     assert [float(settings.sparsity_schedule(jnp.float32(done))) for done in (0, 0.25, 0.75)] == [0, 0.5, 1]
 
@@ -133,4 +134,4 @@ def test_bad_settings_leave_nothing_behind(store, tmp_path, changes, message):
 def test_int8_without_its_extra_says_what_to_install(store, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'saex-pipe\[int8\]'"):
-        step_settings(config(store, tmp_path, compute_dtype="int8"), 10, None)
+        step_settings(config(store, tmp_path, compute_dtype="int8"), build("topk", 8, k=2), 10, None)
