@@ -12,7 +12,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.sae.select import GROUP, Scores, as_they_are, every_column, group_maxima
+from saex_pipe.common.sae.select import (
+    GROUP,
+    Scores,
+    as_they_are,
+    every_column,
+    group_maxima,
+    running_counts,
+    through_rows,
+)
 
 SMALLEST = np.float32(np.finfo(np.float32).tiny)  # what is below it counts as 0
 
@@ -57,13 +65,13 @@ def largest(
     rows, columns = u_BF.shape
     groups = columns // GROUP
     if columns % GROUP or rows * groups <= most:  # too few groups to leave anything out
-        return _compacted(of(u_BF, every_column).reshape(-1), most, count)
-    groups_P, held_P = _compacted(group_maxima(u_BF, of).reshape(-1), most, most)
+        return _compacted(of(u_BF, every_column), most, count)
+    groups_P, held_P = _compacted(group_maxima(u_BF, of), most, most)
     first_P = groups_P // groups * columns + groups_P % groups
     places_PR = first_P[:, None] + groups * jnp.arange(GROUP, dtype=jnp.int32)[None]
     scores_PR = of(u_BF.reshape(-1)[places_PR], lambda vector_F: vector_F[places_PR % columns])
     candidates_PR = jnp.where(held_P[:, None], scores_PR, 0.0)
-    chosen_P, taken_P = _compacted(candidates_PR.reshape(-1), most, count)
+    chosen_P, taken_P = _compacted(candidates_PR, most, count)
     return jnp.where(taken_P, places_PR.reshape(-1)[chosen_P], 0), taken_P
 
 
@@ -72,16 +80,13 @@ def _refuse_too_many(values: Array) -> None:
         raise InputError(f"a batch of {values.size:,} codes is too large to select from", "lower the rows of a batch")
 
 
-def _compacted(values_N: Array, most: int, count: int | Array) -> tuple[Array, Array]:
-    """Places of the ``count`` largest, in ``most`` places, and which of these are in use."""
-    edge = cut(values_N, count)
-    above_N, at_N = values_N > edge, values_N == edge
-    number_above = jnp.sum(above_N, dtype=jnp.int32)
-    taken = jnp.minimum(jnp.asarray(count, jnp.int32), number_above + jnp.sum(at_N, dtype=jnp.int32))
-    # What is above the edge comes first, so that only entries equal to it can be too many.
-    order_N = jnp.where(above_N, jnp.cumsum(above_N), number_above + jnp.cumsum(at_N)) - 1
-    slot_N = jnp.where(above_N | at_N, jnp.minimum(order_N, most), most)
-    places_N = jnp.arange(values_N.size, dtype=jnp.int32)
-    places_P = jnp.zeros(most, jnp.int32).at[slot_N].set(places_N, mode="drop")
-    taken_P = jnp.arange(most, dtype=jnp.int32) < taken
-    return jnp.where(taken_P, places_P, 0), taken_P
+def _compacted(values_RN: Array, most: int, count: int | Array) -> tuple[Array, Array]:
+    """Places (in the rows one after another) of the ``count`` largest, rising, in an array of ``most``, and which of
+    these are in use."""
+    edge, count = cut(values_RN, count), jnp.asarray(count, jnp.int32)
+    above_RN, at_RN = map(through_rows, running_counts(values_RN > edge, values_RN == edge))
+    # Only entries equal to the edge can be too many.
+    running_RN = above_RN + jnp.minimum(at_RN, count - above_RN[-1, -1])
+    places_P = jnp.searchsorted(running_RN.reshape(-1), 1 + jnp.arange(most, dtype=jnp.int32))
+    taken_P = jnp.arange(most, dtype=jnp.int32) < running_RN[-1, -1]
+    return jnp.where(taken_P, places_P, 0).astype(jnp.int32), taken_P

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae import few
+from saex_pipe.common.sae.batch_sums import shifted
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.initial import DataStats, Initial, initial_params
 from saex_pipe.common.sae.matmul import matmul
@@ -185,7 +186,7 @@ class Variant(ABC):
     def pre_activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Float[Array, "B F"]:
         """``(x - b_pre) W_enc + b_enc``, float32."""
         z_BF = few.encoded(x_BD, self.b_pre(params), params["w_enc_DF"], compute)
-        return z_BF + params["b_enc_F"][None]
+        return shifted(z_BF, params["b_enc_F"])
 
     def shift_pre_activations(self, params: Params, shift_F: Float[Array, " F"]) -> Params:
         """Parameters whose every encoder adds ``shift_F`` to what ``x W_enc`` gives it."""

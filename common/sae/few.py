@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from saex_pipe.common.peak import tpu_kind
 from saex_pipe.common.sae import pairs as by_pairs
+from saex_pipe.common.sae.batch_sums import summed
 from saex_pipe.common.sae.compute import Compute, gradient_dtype
 from saex_pipe.common.sae.matmul import by_transposed, centred_matmul, matmul, over_rows
 from saex_pipe.common.sae.pairs import Pairs
@@ -54,7 +55,7 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
         return by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, w_enc_DF.shape[1]).T
 
     dw_enc_DF = _switch(out_BF, compute, dense, sparse)
-    db_pre_D = -(w_enc_DF @ jnp.sum(out_BF, axis=0))
+    db_pre_D = -(w_enc_DF @ summed(out_BF))
     # The compiler drops dx where nobody asks for it, as in training.
     return by_transposed(out_BF, w_enc_DF, gradient_dtype(compute.dtype)), db_pre_D, dw_enc_DF
 

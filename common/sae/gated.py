@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from saex_pipe.common.sae import few
+from saex_pipe.common.sae.batch_sums import scaled, shifted
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import DecoderRows, Params, variant
 from saex_pipe.common.sae.dense import SWEPT_WITH_PENALTY, Activations, Penalised
@@ -45,8 +46,8 @@ class Gated(Penalised):
     def activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Activations:
         """Penalised is relu(pi)."""
         u_BF = few.encoded(x_BD, self.b_pre(params), params["w_enc_DF"], compute)
-        gate_BF = u_BF + params["b_enc_F"][None]
-        magnitude_BF = jax.nn.relu(u_BF * jnp.exp(params["r_mag_F"])[None] + params["b_mag_F"][None])
+        gate_BF = shifted(u_BF, params["b_enc_F"])
+        magnitude_BF = jax.nn.relu(shifted(scaled(u_BF, jnp.exp(params["r_mag_F"])), params["b_mag_F"]))
         return Activations(gate_BF, jax.nn.relu(gate_BF), jnp.where(gate_BF > 0, magnitude_BF, 0.0))
 
     def further_loss(

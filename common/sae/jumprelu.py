@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from saex_pipe.common.sae.batch_sums import rows_above_zero
+from saex_pipe.common.sae.batch_sums import rows_above_zero, scaled, shifted
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.initial import DataStats, Initial
@@ -146,7 +146,7 @@ class JumpRelu(Variant):
     def _penalty(self, params: Params, z_BF: Array, codes_BF: Array) -> Float[Array, ""]:
         rows = z_BF.shape[0]
         if self.jumprelu_form == "tanh":
-            weighted_BF = codes_BF * (self.tanh_scale * self.decoder_norms(params))[None]
+            weighted_BF = scaled(codes_BF, self.tanh_scale * self.decoder_norms(params))
             return jnp.sum(jnp.tanh(weighted_BF)) / rows
         frequency_F = rows_above(z_BF, params["threshold_F"], self.bandwidth) / rows
         l0 = jnp.sum(frequency_F)
@@ -159,8 +159,9 @@ class JumpRelu(Variant):
         """Towards their thresholds, of dead latents."""
         if self.jumprelu_form != "tanh":
             return jnp.zeros((), jnp.float32)
-        below_F = jnp.sum(jax.nn.relu(params["threshold_F"][None] - z_BF), axis=0) / z_BF.shape[0]
-        return self.pre_activation_coefficient * jnp.sum(jnp.where(dead_F, below_F * self.decoder_norms(params), 0.0))
+        below_BF = jax.nn.relu(shifted(-z_BF, params["threshold_F"]))
+        pulled_BF = scaled(below_BF, jnp.where(dead_F, self.decoder_norms(params), 0.0))
+        return self.pre_activation_coefficient * jnp.sum(pulled_BF) / z_BF.shape[0]
 
     def constrain(self, params: Params) -> Params:
         """Thresholds of at least 0, and the decoder's rows."""

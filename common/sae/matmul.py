@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from saex_pipe.common.sae.batch_sums import summed
 from saex_pipe.common.sae.compute import ComputeDtype, gradient_dtype
 from saex_pipe.common.sae.int8 import int8_product
 
@@ -110,7 +111,7 @@ def _centred_backward(
     x_BD, b_pre_D, w_DF = saved
     # The compiler drops dx where nobody asks for it, as in training.
     dx_BD, dw_DF = _backward(compute_dtype, (x_BD - b_pre_D[None], w_DF), out_BF)
-    return dx_BD, -(w_DF @ jnp.sum(out_BF, axis=0)), dw_DF
+    return dx_BD, -(w_DF @ summed(out_BF)), dw_DF
 
 
 centred_matmul.defvjp(_centred_forward, _centred_backward)

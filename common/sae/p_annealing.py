@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from saex_pipe.common.sae.batch_sums import scaled
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import DecoderRows, Moment, Params, variant
 from saex_pipe.common.sae.dense import SWEPT, Activations, Dense
@@ -52,7 +53,7 @@ class PAnnealing(Dense):
     def penalise(self, params: Params, penalised_BF: Float[Array, "B F"], moment: Moment) -> Float[Array, ""]:
         """sum f^p, brought to the size of sum f."""
         if self.weighted_by_decoder_norms:
-            penalised_BF = penalised_BF * self.decoder_norms(params)[None]
+            penalised_BF = scaled(penalised_BF, self.decoder_norms(params))
         powers = jnp.mean(power(penalised_BF, self.exponent(moment.fraction_done)))
         codes = jnp.mean(jnp.sum(penalised_BF, axis=1))
         return powers * jax.lax.stop_gradient(ratio_or_zero(codes, powers))

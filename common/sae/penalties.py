@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from saex_pipe.common.sae.batch_sums import scaled, summed
+
 Penalty = Literal["l1", "sqrt_l1", "tanh", "hoyer", "reciprocal", "l0"]
 # c of tanh (per unit of code), eps of reciprocal at the end and bandwidth h of l0 (units of code). The paper's h is
 # 0.001, for codes that a learned threshold keeps away from 0; here nothing but the kernel moves a small code to 0.
@@ -59,8 +61,8 @@ def mean_penalty(
         fraction_done: of all steps, for the schedule of ``reciprocal``.
     """
     if kind == "l1" and norms_F is not None:  # rows are summed first: one pass over the codes, for the gradient too
-        return jnp.dot(jnp.sum(codes_BF, axis=0), norms_F) / codes_BF.shape[0]
-    weighted_BF = codes_BF if norms_F is None else codes_BF * norms_F[None]
+        return jnp.dot(summed(codes_BF), norms_F) / codes_BF.shape[0]
+    weighted_BF = codes_BF if norms_F is None else scaled(codes_BF, norms_F)
     scale = jnp.asarray(DEFAULT_SCALES.get(kind, 1.0) if scale is None else scale, jnp.float32)
     match kind:
         case "l1":

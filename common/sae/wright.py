@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from saex_pipe.common.sae.batch_sums import scaled
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, variant
 from saex_pipe.common.sae.dense import SWEPT_WITH_PENALTY, Activations, Penalised
@@ -39,7 +40,7 @@ class Wright(Penalised):
         """Penalised are the codes before they are scaled."""
         pre_BF = self.pre_activations(params, x_BD, compute)
         unscaled_BF = jax.nn.relu(pre_BF)
-        return Activations(pre_BF, unscaled_BF, unscaled_BF * jnp.exp(params["r_scale_F"])[None])
+        return Activations(pre_BF, unscaled_BF, scaled(unscaled_BF, jnp.exp(params["r_scale_F"])))
 
     def loss(
         self,

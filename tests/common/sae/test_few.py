@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.sae import few
-from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero
+from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero, scaled, shifted, summed
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.matmul import over_rows
 
@@ -87,12 +87,31 @@ def test_a_stack_takes_the_way_of_its_fullest() -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("rows", [7, 16, 48])
+@pytest.mark.parametrize("rows", [7, 16, 48, 512])
 def test_sums_over_a_batch(rows: int, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     (values_BF,) = arrays(4, (rows, 33))
     np.testing.assert_array_equal(rows_above_zero(jnp.asarray(values_BF)), (values_BF > 0).sum(axis=0))
     close(over_batch(jnp.square, jnp.asarray(values_BF)), np.square(values_BF).sum(axis=0))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_gradients_that_are_sums_over_a_batch(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    values_BF, out_BF = arrays(6, (48, 33), (48, 33))
+    by_F, out_F = arrays(7, (33,), (33,))
+    moved_BF, back = jax.vjp(shifted, jnp.asarray(values_BF), jnp.asarray(by_F))
+    close(moved_BF, values_BF + by_F)
+    for found, expected in zip(back(jnp.asarray(out_BF)), (out_BF, out_BF.sum(axis=0)), strict=True):
+        close(found, expected)
+    longer_BF, back = jax.vjp(scaled, jnp.asarray(values_BF), jnp.asarray(by_F))
+    close(longer_BF, values_BF * by_F)
+    expected_sides = out_BF * by_F, (out_BF * values_BF).sum(axis=0)
+    for found, expected in zip(back(jnp.asarray(out_BF)), expected_sides, strict=True):
+        close(found, expected)
+    sum_F, back = jax.vjp(summed, jnp.asarray(values_BF))
+    close(sum_F, values_BF.sum(axis=0))
+    close(back(jnp.asarray(out_F))[0], np.tile(out_F, (48, 1)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

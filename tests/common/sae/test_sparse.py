@@ -95,21 +95,36 @@ def test_autoencoder_and_gradients_equal_those_of_masked_codes(latents: int, cod
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5 * float(jnp.abs(theirs).max()))
 
 
-@pytest.mark.parametrize(("columns", "k"), [(37, 5), (32 * GROUP, 8), (32 * GROUP, 32), (200 * GROUP, 32)])
-def test_top_k_is_exact(columns: int, k: int) -> None:
+# Few columns; too few groups; chosen by a cut, from groups, and from groups of groups' maxima.
+@pytest.mark.parametrize(
+    ("columns", "k"), [(37, 5), (32 * GROUP, 8), (32 * GROUP, 32), (200 * GROUP, 32), (200 * GROUP, 50), (1024, 16)]
+)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_top_k_is_exact(columns: int, k: int, jitted: bool) -> None:
     z_BF = normal(10, 50, columns)
     z_BF[0] = np.arange(columns)  # the k largest share no group
     z_BF[1] = np.arange(columns)[::-1]
     z_BF[2, :: max(1, columns // GROUP)] += 10  # the largest share groups
     z_BF[3, k + 1 :] = -np.inf
-    values_BK, columns_BK = top_k(jnp.asarray(z_BF), k)
+    z_BF[4] = np.round(z_BF[4])  # many are equal, also at the end
+    z_BF[5] = -1.0
+    find = jax.jit(top_k, static_argnums=1) if jitted else top_k
+    values_BK, columns_BK = find(jnp.asarray(z_BF), k)
     np.testing.assert_array_equal(values_BK, np.sort(z_BF, axis=1)[:, ::-1][:, :k])
     np.testing.assert_array_equal(np.take_along_axis(z_BF, np.asarray(columns_BK), axis=1), values_BK)
     assert all(len(set(row)) == k for row in np.asarray(columns_BK))
     assert columns_BK.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("rows", [50, 64])  # top_k's parts divide one of them
+@pytest.mark.parametrize("sign", [1, -1])
+def test_top_k_takes_what_is_not_a_number_so_that_it_is_seen(sign: int) -> None:
+    z_BF = normal(15, 6, 200 * GROUP)
+    z_BF[2, 77] = np.copysign(np.nan, sign)
+    values_BK, _ = top_k(jnp.asarray(z_BF), 32)
+    np.testing.assert_array_equal(np.isnan(values_BK).sum(axis=1), [0, 0, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("rows", [50, 64])  # in blocks of two and of 64
 def test_top_k_of_scores_adds_what_the_scores_add(rows: int) -> None:
     z_BF, bias_F = normal(11, rows, 200 * GROUP), normal(12, 200 * GROUP)
     values_BK, columns_BK = top_k(jnp.asarray(z_BF), 32, lambda z, pick: z + pick(jnp.asarray(bias_F)))
