@@ -156,9 +156,10 @@ def through_rows(counts_RN: Int[Array, "R N"]) -> Int[Array, "R N"]:
 def row_cuts(values_BF: Float[Array, "B F"], k: int, axis: str | None = None) -> Float[Array, "B 1"]:
     """A value for each row that its ``k`` largest entries are at or above, and those equal to the last of them.
 
-    For ``top_k`` of some entries on CPUs, and for a k too large for it: bisection on the bits of the floats, which are ordered as the floats are once those
-    of negative ones are turned round. Some 25 counts, whatever k is, where ``lax.top_k`` of 288 among 9,216 takes two
-    seconds for 2,048 rows on two CPU cores. ``axis`` names the axis of a mesh that the columns lie over, if they do.
+    For ``top_k`` on CPUs, and for a k too large for it: bisection on the bits of the floats, which are ordered as the
+    floats are once those of negative ones are turned round. Some 25 counts, whatever k is, where ``lax.top_k`` of 288
+    among 9,216 takes two seconds for 2,048 rows on two CPU cores. ``axis`` names that axis of a mesh that the columns
+    lie over, if they do.
     """
     if axis is not None:
         return _cuts(values_BF, k, axis)
