@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from saex_pipe.common.mesh import DATA, MODEL
+from saex_pipe.common.sae.batch_sums import shifted
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Params, Variant, latent_axis
 from saex_pipe.common.sae.matmul import centred_matmul, matmul
@@ -156,4 +157,4 @@ def _columns(name: str, dead_M: Array) -> tuple[Any, ...]:
 
 
 def _pre_activations(compute: Compute, used: Params, b_pre_D: Array, x_BD: Array) -> Float[Array, "B M"]:
-    return centred_matmul(x_BD, b_pre_D, used["w_enc_DF"], compute.dtype) + used["b_enc_F"][None]
+    return shifted(centred_matmul(x_BD, b_pre_D, used["w_enc_DF"], compute.dtype), used["b_enc_F"])

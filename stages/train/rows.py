@@ -90,16 +90,15 @@ def first_rows(config: Config, store: Rows, taps: tuple[str, ...], *, resumed: b
 
     Of a store that is followed they are of the first tranche: its writer may wait for room until that is learnt from.
     """
-    if store.rows is None:
-        count = min(config.sample_rows, store.statistics(taps[0]).count)
-        steps = max(1, count // config.batch_rows)
+    if store.rows is None:  # whole batches, as the last might reach beyond the tranche
+        rows = min(config.sample_rows, store.statistics(taps[0]).count)
+        count = max(1, rows // config.batch_rows) * config.batch_rows
     else:
         count = min(config.sample_rows, store.rows)
-        steps = -(-count // config.batch_rows)
     if resumed:
         return {tap: np.zeros((count, store.info.taps[tap]), np.float32) for tap in taps}
     with make_reader(config, store, taps) as reader:
-        batches = [reader.batch(step, slice(None)) for step in range(steps)]
+        batches = [reader.batch(step, slice(None)) for step in range(-(-count // config.batch_rows))]
         return {tap: np.concatenate([batch[tap] for batch in batches])[:count].astype(np.float32) for tap in taps}
 
 

@@ -115,6 +115,15 @@ def test_settings_reach_optimiser_and_step(store, tmp_path):
     assert [float(settings.sparsity_schedule(jnp.float32(done))) for done in (0, 0.25, 0.75)] == [0, 0.5, 1]
 
 
+def test_the_penalty_rises_as_the_variant_is_published_with_unless_it_is_set(store, tmp_path):
+    relu, gated = (build(name, 8, sparsity_coefficient=1.0) for name in ("relu", "gated"))
+    unset = config(store, tmp_path)
+    schedule = step_settings(unset, relu, 1000, None).sparsity_schedule
+    assert [round(float(schedule(jnp.float32(done))), 5) for done in (0, 0.025, 0.05, 0.5)] == [0, 0.5, 1, 1]
+    assert step_settings(unset, gated, 1000, None).sparsity_schedule is None
+    assert step_settings(config(store, tmp_path, sparsity_warmup=0.0), relu, 1000, None).sparsity_schedule is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
