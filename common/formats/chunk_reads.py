@@ -64,12 +64,6 @@ class ChunkReads:
                 self._disk.give_back(data)
             started += islice(pending, 1)
 
-    def announce(self, arrays: Sequence[str], chunks: Sequence[int]) -> None:
-        """Say which chunks will be asked for soon: a disk fetches them meanwhile."""
-        if self._disk is not None:
-            places = (self.layouts[array].place(chunk) for chunk in chunks for array in arrays)
-            self._disk.announce((place.object, place.bytes) for place in places)
-
     def _request(self, layout: ArrayLayout, chunk: int) -> Any:
         place = layout.place(chunk)
         if self._disk is not None:

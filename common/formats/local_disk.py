@@ -8,9 +8,8 @@ import fcntl
 import os
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -126,21 +125,6 @@ class DiskReads:
     def start(self, name: str, place: slice) -> "Future[UInt8[np.ndarray, ' bytes'] | None]":
         """Begin to read bytes ``place`` of file ``name``: fewer where it is shorter, None where there is none."""
         return self._threads.submit(self._read, name, place)
-
-    def announce(self, places: Iterable[tuple[str, slice]]) -> None:
-        """Have the system begin to fetch these parts of files from the disk, where it can; they are read later."""
-        if not hasattr(os, "posix_fadvise"):  # macOS
-            return
-        self._threads.submit(self._announce, list(places))
-
-    def _announce(self, places: list[tuple[str, slice]]) -> None:
-        for name, place in places:
-            with suppress(OSError):  # whoever reads it will say so
-                file = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.posix_fadvise(file, place.start, place.stop - place.start, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(file)
 
     def give_back(self, data: UInt8[np.ndarray, " bytes"]) -> None:
         """Let the memory of what was read be used again."""

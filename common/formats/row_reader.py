@@ -16,6 +16,7 @@ from saex_pipe.common.shuffle import Pool, PoolRows
 
 LANES = 8
 _READ_AHEAD = 2  # pools beyond those in use
+_LOADED_AT_ONCE = 2  # one pool's last chunks are unpacked while the next one's are on their way
 READ_AHEAD_FACTOR = (LANES + _READ_AHEAD) / LANES  # all memory, in units of what a batch is drawn from
 
 
@@ -28,7 +29,7 @@ class _Room(NamedTuple):
 class RowReader:
     """Training rows of one or several taps of a store.
 
-    ``pool_bytes`` of rows are held and no more: one pool a lane that is in use, and some that a thread reads
+    ``pool_bytes`` of rows are held and no more: one pool a lane that is in use, and some that threads read
     meanwhile; beside them a few chunks that are being read. The order of rows depends on ``seed`` and ``pool_bytes``
     alone, the rows of one batch lie lane by lane, and of several hosts each asks for its part of every batch.
     """
@@ -63,7 +64,7 @@ class RowReader:
         rooms = min(2 * LANES, pool_bytes // (self.order.largest_pool * row_bytes))
         self._free = [self._room() for _ in range(rooms)]
         self._pools: dict[Pool, tuple[_Room, Future[None]]] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="row-reader")
+        self._reader = ThreadPoolExecutor(_LOADED_AT_ONCE, thread_name_prefix="row-reader")
         self.waiting_seconds = 0.0  # spent in ``batch`` waiting for rows to arrive
 
     def batch(
@@ -122,7 +123,6 @@ class RowReader:
 
     def _begin(self, pool: Pool) -> None:
         room = self._free.pop()
-        self._store.announce((KEEP, *self._arrays), [piece.chunk for piece in self.order.chunks(pool)])
         self._pools[pool] = room, self._reader.submit(self._load, pool, room)
 
     def _release(self, pool: Pool) -> None:

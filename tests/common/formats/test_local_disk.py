@@ -143,7 +143,6 @@ def test_tensorstore_and_we_wait_for_each_other(tmp_path):
 def test_ranges_are_read_into_memory_that_is_used_again(tmp_path):
     (tmp_path / "file").write_bytes(DATA)
     reads = DiskReads(tmp_path, threads=2)
-    reads.announce([("file", slice(0, 100)), ("absent", slice(0, 100))])
     first = reads.start("file", slice(30, 60)).result()
     assert bytes(first) == DATA[30:60]
     reads.give_back(first)
