@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float
 from saex_pipe.common.mesh import MODEL
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Params, Variant
+from saex_pipe.common.sae.cuts import row_cuts
 from saex_pipe.common.sae.dead import DeadCodes, decode_dead
 from saex_pipe.common.sae.reconstruction import ratio_or_zero, squared_error_and_variance
-from saex_pipe.common.sae.select import row_cuts
 
 
 def auxk_loss(

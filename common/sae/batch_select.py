@@ -6,22 +6,19 @@ columns come first: the n largest entries lie in the n groups with the largest m
 sixteenth of the batch.
 """
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.sae.select import (
-    GROUP,
-    Scores,
-    as_they_are,
-    every_column,
-    group_maxima,
-    running_counts,
-    through_rows,
-)
+from saex_pipe.common.sae.bit_words import count_from, counts, entries, first_bits, words
+from saex_pipe.common.sae.select import GROUP, Scores, as_they_are, every_column, group_maxima
 
+COUNTED = 1 << 10  # entries that are counted side by side, however rows are cut
 SMALLEST = np.float32(np.finfo(np.float32).tiny)  # what is below it counts as 0
 
 
@@ -36,12 +33,16 @@ def cut(values: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Float[Ar
     """
     _refuse_too_many(values)
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    return _edge(bits, count, lambda least: jnp.sum(bits >= least, dtype=jnp.int32))
+
+
+def _edge(bits: Array, count: int | Array, count_from: Callable[[Array], Array]) -> Array:
     wanted = jnp.asarray(count, jnp.int32)
 
     def narrow(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = low + (high - low) // 2
-        found = jnp.sum(bits >= middle, dtype=jnp.int32)
+        found = count_from(middle)
         # Exactly as many: the bracket closes.
         return jnp.where(found >= wanted, middle, low), jnp.where(
             found > wanted, high, jnp.where(found < wanted, middle, middle + 1)
@@ -65,14 +66,15 @@ def largest(
     rows, columns = u_BF.shape
     groups = columns // GROUP
     if columns % GROUP or rows * groups <= most:  # too few groups to leave anything out
-        return _compacted(of(u_BF, every_column), most, count)
-    groups_P, held_P = _compacted(group_maxima(u_BF, of), most, most)
-    first_P = groups_P // groups * columns + groups_P % groups
+        rows_P, columns_P, taken_P = _compacted(of(u_BF, every_column), most, count)
+        return rows_P * columns + columns_P, taken_P
+    rows_P, groups_P, held_P = _compacted(group_maxima(u_BF, of), most, most)
+    first_P = rows_P * columns + groups_P
     places_PR = first_P[:, None] + groups * jnp.arange(GROUP, dtype=jnp.int32)[None]
     scores_PR = of(u_BF.reshape(-1)[places_PR], lambda vector_F: vector_F[places_PR % columns])
     candidates_PR = jnp.where(held_P[:, None], scores_PR, 0.0)
-    chosen_P, taken_P = _compacted(candidates_PR, most, count)
-    return jnp.where(taken_P, places_PR.reshape(-1)[chosen_P], 0), taken_P
+    chosen_P, rank_P, taken_P = _compacted(candidates_PR, most, count)
+    return jnp.where(taken_P, first_P[chosen_P] + groups * rank_P, 0), taken_P
 
 
 def _refuse_too_many(values: Array) -> None:
@@ -80,13 +82,12 @@ def _refuse_too_many(values: Array) -> None:
         raise InputError(f"a batch of {values.size:,} codes is too large to select from", "lower the rows of a batch")
 
 
-def _compacted(values_RN: Array, most: int, count: int | Array) -> tuple[Array, Array]:
-    """Places (in the rows one after another) of the ``count`` largest, rising, in an array of ``most``, and which of
-    these are in use."""
-    edge, count = cut(values_RN, count), jnp.asarray(count, jnp.int32)
-    above_RN, at_RN = map(through_rows, running_counts(values_RN > edge, values_RN == edge))
+def _compacted(values_RN: Array, most: int, count: int | Array) -> tuple[Array, Array, Array]:
+    """Rows and columns of the ``count`` largest, row by row, in arrays of ``most``, and which of these are in use."""
+    bits_RC = jax.lax.bitcast_convert_type(values_RN, jnp.int32).reshape(-1, math.gcd(values_RN.size, COUNTED))
+    edge = _edge(bits_RC, count, lambda least: jnp.sum(count_from(bits_RC, least[None, None]), dtype=jnp.int32))
+    above_RW, at_RW = words(values_RN, lambda part: part > edge), words(values_RN, lambda part: part == edge)
     # Only entries equal to the edge can be too many.
-    running_RN = above_RN + jnp.minimum(at_RN, count - above_RN[-1, -1])
-    places_P = jnp.searchsorted(running_RN.reshape(-1), 1 + jnp.arange(most, dtype=jnp.int32))
-    taken_P = jnp.arange(most, dtype=jnp.int32) < running_RN[-1, -1]
-    return jnp.where(taken_P, places_P, 0).astype(jnp.int32), taken_P
+    left = jnp.asarray(count, jnp.int32) - jnp.sum(counts(above_RW), dtype=jnp.int32)
+    kept_RW = first_bits(at_RW.reshape(1, -1), left[None, None]).reshape(at_RW.shape)
+    return entries(above_RW | kept_RW, most)

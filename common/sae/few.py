@@ -9,22 +9,21 @@ Only CPUs take that way: on two cores a ReLU step at L0 = 32 takes half the time
 matrix units are faster than their gathers by more, multiply densely (see ``crossover``).
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from operator import add
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, UInt32
 
 from saex_pipe.common.peak import tpu_kind
 from saex_pipe.common.sae import pairs as by_pairs
 from saex_pipe.common.sae.batch_sums import summed
+from saex_pipe.common.sae.bit_words import counts, entries, words
 from saex_pipe.common.sae.compute import Compute, gradient_dtype
 from saex_pipe.common.sae.matmul import by_transposed, centred_matmul, matmul, over_rows
 from saex_pipe.common.sae.pairs import Pairs
-from saex_pipe.common.sae.select import GROUP
 from saex_pipe.common.sae.stack import largest_of_stack
 
 SHARES = (512, 256, 128)  # latents per active one; each is compiled for, and the first that holds all active codes runs
@@ -110,39 +109,15 @@ def _switch(values_BF: Array, compute: Compute, dense: Callable[[], Any], sparse
     limits = [rows * (latents // share) for share in SHARES]
     device = jax.devices()[0] if compute.mesh is None else compute.mesh.devices.flat[0]
     dense_alone = compute.codes == "dense" or compute.mesh is not None or tpu_kind(device) is not None
-    if dense_alone or latents % GROUP or not limits[0]:
+    if dense_alone or not limits[0]:
         return dense()
-    counts_BG = _counts(values_BF)
-    branch = jnp.sum(jnp.sum(counts_BG) > jnp.array(limits), dtype=jnp.int32)
-    found = [partial(lambda most: sparse(_pairs(values_BF, counts_BG, most)), most) for most in limits]
+    words_BW = words(values_BF, lambda part: part != 0)
+    branch = jnp.sum(jnp.sum(counts(words_BW), dtype=jnp.int32) > jnp.array(limits), dtype=jnp.int32)
+    found = [partial(lambda most: sparse(_pairs(values_BF, words_BW, most)), most) for most in limits]
     return jax.lax.switch(largest_of_stack(branch), [*found, dense])
 
 
-def _counts(values_BF: Float[Array, "B F"]) -> Int[Array, "B G"]:
-    """Entries that are not 0 of each group of columns, which are those of ``select.group_maxima``."""
-    groups = values_BF.shape[1] // GROUP
-    parts: Sequence[Array] = [values_BF[:, start : start + groups] for start in range(0, values_BF.shape[1], groups)]
-    return reduce(add, ((part != 0).astype(jnp.int32) for part in parts))
-
-
-def _pairs(values_BF: Float[Array, "B F"], counts_BG: Int[Array, "B G"], most: int) -> Pairs:
+def _pairs(values_BF: Float[Array, "B F"], words_BW: UInt32[Array, "B W"], most: int) -> Pairs:
     """The entries that are not 0, ``most`` of them at most, by row."""
-    columns, groups = values_BF.shape[1], counts_BG.shape[1]
-    ends_N = jnp.cumsum(counts_BG.reshape(-1))
-    pairs_P = jnp.arange(most, dtype=jnp.int32)
-    group_P = jnp.minimum(jnp.searchsorted(ends_N, pairs_P, side="right"), ends_N.shape[0] - 1).astype(jnp.int32)
-    rank_P = pairs_P - (ends_N[group_P] - counts_BG.reshape(-1)[group_P])  # among those of its group
-    first_P = group_P // groups * columns + group_P % groups
-    seen_P, entry_P, values_P = jnp.zeros_like(rank_P), jnp.zeros_like(rank_P), jnp.zeros(most, jnp.float32)
-    for number in range(GROUP):  # written out, it is one pass
-        here_P = values_BF.reshape(-1)[first_P + groups * number]
-        seen_P += (here_P != 0).astype(jnp.int32)
-        values_P = jnp.where((seen_P == rank_P + 1) & (here_P != 0), here_P, values_P)
-        entry_P += (seen_P <= rank_P).astype(jnp.int32)
-    taken_P = pairs_P < ends_N[-1]
-    latents_P = group_P % groups + groups * jnp.minimum(entry_P, GROUP - 1)
-    return Pairs(
-        jnp.where(taken_P, values_P, 0.0),
-        jnp.where(taken_P, group_P // groups, 0),
-        jnp.where(taken_P, latents_P, 0),
-    )
+    rows_P, latents_P, there_P = entries(words_BW, most)
+    return Pairs(jnp.where(there_P, values_BF[rows_P, latents_P], 0.0), rows_P, latents_P)

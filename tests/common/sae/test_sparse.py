@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.sae.compute import PLAIN, Compute
-from saex_pipe.common.sae.select import GROUP, row_cuts, top_k
+from saex_pipe.common.sae.cuts import row_cuts
+from saex_pipe.common.sae.select import GROUP, top_k
 from saex_pipe.common.sae.sparse import (
     RUN_LENGTH,
     ActiveCodes,
@@ -95,9 +96,13 @@ def test_autoencoder_and_gradients_equal_those_of_masked_codes(latents: int, cod
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5 * float(jnp.abs(theirs).max()))
 
 
-# Few columns; too few groups; chosen by a cut, from groups, and from groups of groups' maxima.
+# Few columns; too few groups; chosen by a cut, from groups, and from groups of groups' maxima; too many for a cut.
 @pytest.mark.parametrize(
-    ("columns", "k"), [(37, 5), (32 * GROUP, 8), (32 * GROUP, 32), (200 * GROUP, 32), (200 * GROUP, 50), (1024, 16)]
+    ("columns", "k"),
+    [
+        *[(37, 5), (32 * GROUP, 8), (32 * GROUP, 32), (200 * GROUP, 32), (200 * GROUP, 50), (1024, 16)],
+        *[(2304 * GROUP, 32), (2307 * GROUP, 32)],
+    ],
 )
 @pytest.mark.parametrize("jitted", [False, True])
 def test_top_k_is_exact(columns: int, k: int, jitted: bool) -> None:
