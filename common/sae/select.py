@@ -133,9 +133,9 @@ def _places_in_block(values_BN: Array, k: int) -> Array:
     missing = -values_BN.shape[1] % LANES
     bits_BN = jnp.pad(ordered_bits(_known(values_BN)), ((0, 0), (0, missing)), constant_values=LOWEST)
     lanes_BL = reduce(jnp.maximum, slices(bits_BN))
-    # At or above the least of the lanes' maxima are as many entries as there are lanes, which is k or more.
-    low_B1 = jnp.maximum(folded(lanes_BL, jnp.minimum), ordered_bits(jnp.float32(-jnp.inf)))
-    cut_B1 = between(bits_BN, k, low_B1, folded(lanes_BL, jnp.maximum) + 1)
+    # At or above the least of the lanes' maxima are as many entries as there are lanes, which is k or more. No lane is
+    # of padding alone: rows have 4 k entries or more, which is as many as there are lanes.
+    cut_B1 = between(bits_BN, k, folded(lanes_BL, jnp.minimum), folded(lanes_BL, jnp.maximum) + 1)
     above_BW, at_BW = words(bits_BN, lambda part: part > cut_B1), words(bits_BN, lambda part: part == cut_B1)
     return row_entries(above_BW | first_bits(at_BW, k - total(above_BW)), k)
 

@@ -81,7 +81,7 @@ def test_the_first_entries_of_each_row(columns: int) -> None:
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_of_the_bits_of_a_row_the_first_are_left(columns: int) -> None:
     chosen_RN = chosen(2, 6, columns)
-    limits = np.array([0, 3, 4, columns + 1, 1, -2])
+    limits = np.array([0, 3, WORD, columns + 1, 1, -2])  # of row 2 one whole word
     left_RW = first_bits(as_words(chosen_RN), jnp.asarray(limits)[:, None])
     expected_RN = np.zeros_like(chosen_RN)
     for row, found in enumerate(in_word_order(chosen_RN)):
