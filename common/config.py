@@ -94,6 +94,10 @@ class StageConfig(pydantic.BaseModel):
         """Name of this process among several that write one output, None where it writes alone."""
         return None
 
+    def alone(self) -> Self:
+        """The same output made by one process that shares it with no other and waits for none."""
+        return self
+
     def result_fields(self) -> dict[str, Any]:
         """The fields that change the result and are not URIs, as JSON values."""
         by_uri = {*self.marked(Upstream), *self.marked(Resource)}

@@ -181,13 +181,13 @@ def copy(uri: str, out: str, assignments: Sequence[str], force: bool) -> None:
 
 
 def repair(uri: str, jobs: int) -> None:
-    """Make the shards again that are not as they were written.
+    """Make the shards again that are not as they were written, in this process, however many had made the store.
 
     The ledger entries go first and the manifest last: stopped in between, the store is either still finished and as
     bad as before, or one that its stage continues.
     """
     store, folder = ActivationStore(uri), Folder(uri)
-    config = config_class(store.manifest.stage).create(store.manifest.config | {"out": uri})
+    config = config_class(store.manifest.stage).create(store.manifest.config | {"out": uri}).alone()
     if canonical_digest(fingerprint(config)) != store.manifest.digest:
         raise InputError(f"{uri} was made of other inputs than there are now", f"run '{store.manifest.stage} --force'")
     found = list(find_trouble(store, jobs))

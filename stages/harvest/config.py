@@ -85,3 +85,7 @@ class Config(StageConfig):
         if self.elastic:
             return _NAME
         return None if self.worker is None else self.worker.replace("/", "-of-")
+
+    def alone(self) -> Self:
+        """The same store made by one process that shares it with no other and waits for no reader."""
+        return self.model_copy(update={"worker": None, "elastic": False, "max_store_bytes": None})

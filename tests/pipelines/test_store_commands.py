@@ -1,17 +1,21 @@
 """``saex-pipe store``: what it says of a store, finds wrong with it, copies, and mends."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
 from old_store import make_old
 
-from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.errors import InputError, SaexError, ShareDone
 from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.followed_store import Room
+from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.pipelines import cli
 from saex_pipe.stages.corpus import run as corpus
 from saex_pipe.stages.corpus.config import Config as CorpusConfig
@@ -148,6 +152,36 @@ def test_verify_names_exactly_what_is_wrong_and_repair_mends_it(place, store, fa
     capsys.readouterr()
     run("verify", store)
     assert "all 5 shards are as they were written" in capsys.readouterr().out
+
+
+MAKERS = {
+    "fixed shares": [{"worker": "1/2"}, {"worker": "0/2"}],
+    "elastic": [{"elastic": True}],
+    "room for two shards": [{"max_store_bytes": 2 * 8 * 32 * tiny_run.WIDTH * 2}],
+    "jax": [{"worker": "jax"}],
+}
+
+
+@pytest.mark.parametrize("makers", MAKERS.values(), ids=MAKERS)
+def test_repair_mends_every_share_of_a_store_that_several_made(place, tmp_path, monkeypatch, makers, capsys):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(Room, "has", lambda room, shard: True)  # as where readers keep up
+    plain = Manifest.read(Folder(str(place / "whole")))
+    store = tmp_path / "store"
+    for maker in makers:
+        with contextlib.suppress(ShareDone):
+            harvest.run(Config.create(plain.config | maker | {"out": str(store)}))
+    monkeypatch.undo()
+    before = {name: data for name, data in files_of(store).items() if not name.startswith("claims/")}
+    for fault in (flip, truncate, remove, lambda store: (store / "ledger" / "000000.json").unlink()):
+        fault(store)
+    run("repair", store)
+    assert "made 4 shards again" in capsys.readouterr().out
+    assert {name: data for name, data in files_of(store).items() if not name.startswith("claims/")} == before
+    repaired = Manifest.read(Folder(str(store)))
+    assert repaired.config == plain.config | {"out": str(store)}
+    assert (repaired.contents, repaired.digest) == (plain.contents, plain.digest)
+    run("verify", store)
 
 
 def test_totals_that_are_not_those_of_the_index_are_found_and_mended(place, store, capsys):
