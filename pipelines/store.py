@@ -14,9 +14,11 @@ from saex_pipe.common.config import canonical_digest
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.activations import SCHEMA_VERSION, WRITERS, ActivationStore, StoreInfo
 from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.local_disk import can_write, stale_lock_bytes
 from saex_pipe.common.formats.manifest import MANIFEST, Manifest, fingerprint
 from saex_pipe.common.formats.stage_output import beside
 from saex_pipe.common.formats.store_checks import Trouble, check_frame, check_shards
+from saex_pipe.common.formats.store_debris import delete_debris, find_debris
 from saex_pipe.common.formats.store_info import STORE
 from saex_pipe.common.formats.store_migration import Migration
 from saex_pipe.common.llm.tokenizer import load_tokenizer
@@ -34,13 +36,7 @@ _DEAD_ABOVE = 1.0  # ratio of the norm of the mean to the spread
 def print_info(uri: str, price: float, as_json: bool) -> None:
     """Geometry, bytes and cost per month of a store, finished or not."""
     folder = Folder(uri)
-    manifest = Manifest.read(folder)
-    started = folder.read(STORE)
-    if manifest is not None:
-        Manifest.require(uri, WRITERS, SCHEMA_VERSION)
-    if manifest is None and started is None:
-        raise InputError(f"{uri} holds no activation store", "give the folder that a harvest or toy writes to")
-    info = StoreInfo.from_json(manifest.contents if manifest is not None else json.loads(started or b""))
+    manifest, info = _opened(folder)
     shards = len(info.tiling.shards(info.windows))
     facts: dict[str, Any] = {
         "uri": uri,
@@ -66,6 +62,17 @@ def print_info(uri: str, price: float, as_json: bool) -> None:
     else:
         facts["claims"] = _claims(folder)
     _print_facts(facts, as_json)
+
+
+def _opened(folder: Folder) -> tuple[Manifest | None, StoreInfo]:
+    """The manifest of a store, None where it is not finished, and what the store is made of."""
+    if Manifest.read(folder) is not None:
+        manifest = Manifest.require(folder.uri, WRITERS, SCHEMA_VERSION)
+        return manifest, StoreInfo.from_json(manifest.contents)
+    started = folder.read(STORE)
+    if started is None:
+        raise InputError(f"{folder.uri} holds no activation store", "give the folder that a harvest or toy writes to")
+    return None, StoreInfo.from_json(json.loads(started))
 
 
 def _claims(folder: Folder) -> dict[str, str]:
@@ -218,34 +225,39 @@ def migrate(uri: str, jobs: int) -> None:
     print(f"{uri}: all {len(migration.shards):,} shards are as they were written; its digest is now {manifest.digest}")
 
 
-def prune(uri: str, yes: bool) -> None:
-    """Delete what no run goes on from and no reader needs; only say so without ``yes``."""
-    store, folder = ActivationStore(uri), Folder(uri)
-    arrays = {f"{array}/zarr.json" for array in store.layouts}
-    for layout in store.layouts.values():
-        arrays |= {layout.shard_object(n) for n in range(len(layout.tiling.shards(store.info.windows)))}
-    stale = [
-        name
-        for name in folder.list()
-        if name.startswith(("claims/", "parts/", "readers/"))
-        or (name.startswith(("acts/", "scales/", "keep/", "tokens/")) and name.count("/") > 1 and name not in arrays)
-    ]
-    places = [(folder, name) for name in stale]
-    places += [
-        (other, name) for role in ("saex-new", "saex-old") for other in [beside(folder, role)] for name in other.list()
-    ]
-    local = folder.local_path()
-    locks = (
-        [] if local is None else sorted(local.rglob("*.__lock"))
-    )  # left by writers that died; no object, so not listed
-    size = sum(len(place.read(name) or b"") for place, name in places) + sum(lock.stat().st_size for lock in locks)
-    for where in [f"{place.uri}/{name}" for place, name in places] + [str(lock) for lock in locks]:
+def prune(uri: str, yes: bool, stopped: bool) -> None:
+    """Delete what no run goes on from and no reader needs, and say how much that is; only say so without ``yes``."""
+    folder = Folder(uri)
+    manifest, info = _opened(folder)
+    old, new = beside(folder, "saex-old"), beside(folder, "saex-new")
+    if manifest is None and Manifest.read(new) is not None:
+        raise InputError(f"{uri} is being replaced by {new.uri}", "run its stage again, which completes that")
+    debris = find_debris(folder, info, finished=manifest is not None, stopped=stopped)
+    places = (new,) if manifest is None else (old, new)
+    replacement = [(place, name) for place in places for name in place.list()]
+    waits = [name for place, name in replacement if place is new and not stopped]
+    gone = [(f"{uri}/{piece.name}", piece.bytes) for piece in (delete_debris(folder, debris) if yes else debris.pieces)]
+    for place, name in replacement:
+        if stopped or place is old:
+            gone.append((f"{place.uri}/{name}", len(place.read(name) or b"")))
+            if yes:
+                place.delete(name)
+    gone += _stale_locks(folder, delete=yes)
+    for where, _ in gone:
         print(f"{'deleted' if yes else 'would delete'} {where}")
-    if yes:
-        for place, name in places:
-            place.delete(name)
-        for lock in locks:
-            lock.unlink()
-    print(
-        f"{len(places) + len(locks)} objects of {size:,} bytes" + ("" if yes else "; nothing is deleted without --yes")
-    )
+    if debris.kept or waits:
+        print(
+            f"kept {len(debris.kept)} objects of {sum(piece.bytes for piece in debris.kept):,} bytes of unfinished "
+            f"shards and {len(waits)} of a replacement, which a worker may be writing; --stopped says that none runs"
+        )
+    size = sum(size for _, size in gone)
+    print(f"{len(gone)} objects of {size:,} bytes" + ("" if yes else "; nothing is deleted without --yes"))
+
+
+def _stale_locks(folder: Folder, *, delete: bool) -> list[tuple[str, int]]:
+    """Path and size of what writers that died left on a local disk; they are no objects, so not listed."""
+    local = folder.local_path()
+    if local is None or not can_write():
+        return []
+    found = [(str(path), stale_lock_bytes(path, delete=delete)) for path in sorted(local.rglob("*.__lock"))]
+    return [(path, size) for path, size in found if size is not None]

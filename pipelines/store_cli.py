@@ -85,8 +85,14 @@ def migrate(uri: _StoreUri, jobs: _Jobs = 8) -> None:
 
 
 @app.command()
-def prune(uri: _StoreUri, yes: Annotated[bool, typer.Option("--yes", help="Do it.")] = False) -> None:
-    """Delete what nothing needs any more."""
+def prune(
+    uri: _StoreUri,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it.")] = False,
+    stopped: Annotated[
+        bool, typer.Option("--stopped", help="No worker runs any more: delete what any of them began, too.")
+    ] = False,
+) -> None:
+    """Delete what nothing needs any more, also of a store that is still being written."""
     from saex_pipe.pipelines import store
 
-    store.prune(uri, yes)
+    store.prune(uri, yes, stopped)

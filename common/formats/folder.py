@@ -157,6 +157,13 @@ class Folder:
         found = self.read_stamped(name)
         return found.generation if found.data == data else None
 
+    def delete_if(self, name: str, generation: bytes) -> bool:
+        """Delete object ``name`` if it is still of ``generation``; whether it was."""
+        try:
+            return bool(self.objects.write(name, None, if_equal=generation).result().generation)
+        except (ValueError, OSError) as error:
+            explain_storage_error(error, f"{self.uri}/{name}", "deleted")
+
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         """The bytes of those of ``names`` that are there, many requests at once."""
         found, pending = {}, list(reversed(names))

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 _PIECES = 512  # a call; the system's limit is 1,024
+_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 def can_write() -> bool:
@@ -79,13 +80,34 @@ def write_file(path: Path, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> Non
         sync_folder(folder)
 
 
+def stale_lock_bytes(path: Path, *, delete: bool) -> int | None:
+    """The size of a ``*.__lock`` that a writer left which has died, which is deleted if told; None where one holds it.
+
+    Whoever waits for the lock meanwhile finds its file gone and makes another.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        if _stat(path) is None:  # its writer has just given it its name
+            return None
+        if delete:
+            path.unlink()
+        return os.fstat(file).st_size
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(file)
+
+
 def _locked(path: Path) -> int:
     """``path`` opened for writing by this process alone."""
-    whole_file = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLKW, whole_file)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLKW, _WHOLE_FILE)
             here = os.fstat(file)
             if (there := _stat(path)) is not None and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
                 return file

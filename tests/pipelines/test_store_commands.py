@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -346,23 +345,6 @@ def test_a_store_of_version_1_is_migrated_and_then_can_be_repaired(place, store,
     run("repair", store)
     assert {name: data for name, data in files_of(store).items() if "/c/" in name} == activations
     run("verify", store)
-
-
-def test_prune_deletes_what_nothing_needs_and_only_when_told(store, capsys):
-    folder, before = Folder(str(store)), files_of(store)
-    folder.write("claims/000001.json", b"{}")
-    folder.write(f"acts/{TAP}/c/9/0/0", b"123")
-    folder.write("keep/c/9/0", b"45")
-    lock = shard(store, 1).with_name("0.__lock")
-    lock.write_bytes(b"12345")
-    Folder(str(store.with_name(".store.saex-new"))).write("x", b"1")
-    run("prune", store)
-    assert "5 objects of 13 bytes; nothing is deleted without --yes" in capsys.readouterr().out
-    assert files_of(store) != before
-    run("prune", store, "--yes")
-    assert files_of(store) == before
-    assert not lock.exists()
-    assert not Path(store.with_name(".store.saex-new"), "x").exists()
 
 
 def test_a_folder_that_is_no_store_is_refused(place, tmp_path):
