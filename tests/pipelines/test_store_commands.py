@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import re
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -15,7 +17,10 @@ from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.followed_store import Room
 from saex_pipe.common.formats.manifest import Manifest
+from saex_pipe.common.llm.tokenizer import load_tokenizer
+from saex_pipe.common.metrics_log import progress
 from saex_pipe.pipelines import cli
+from saex_pipe.pipelines import store as store_module
 from saex_pipe.stages.corpus import run as corpus
 from saex_pipe.stages.corpus.config import Config as CorpusConfig
 from saex_pipe.stages.harvest import run as harvest
@@ -183,6 +188,29 @@ def test_repair_mends_every_share_of_a_store_that_several_made(place, tmp_path, 
     run("verify", store)
 
 
+def test_verify_reads_as_many_objects_at_once_as_there_are_jobs_and_its_bar_counts_all(store, monkeypatch):
+    together, read, bars = threading.Barrier(3, timeout=30), Folder.read, []
+    threads = set()
+
+    def read_beside_others(folder, name):
+        if "/c/" in name:
+            together.wait()  # breaks where fewer than three reads are under way
+            threads.add(threading.get_ident())
+        return read(folder, name)
+
+    @contextlib.contextmanager
+    def recorded(*settings):
+        with progress(*settings) as bar:
+            bars.append(bar)
+            yield bar
+
+    monkeypatch.setattr(Folder, "read", read_beside_others)
+    monkeypatch.setattr(store_module, "progress", recorded)
+    run("verify", store, "--jobs", "3")
+    assert len(threads) == 3
+    assert [(bar.done, bar.total, bar.unit) for bar in bars] == [(15, 15, "objects")]
+
+
 def test_totals_that_are_not_those_of_the_index_are_found_and_mended(place, store, capsys):
     path = store / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -301,11 +329,20 @@ def test_stats_are_plotted_on_a_page_of_its_own(store, tmp_path):
     assert "http" not in page
 
 
-def test_sample_shows_rows_with_their_text(store, capsys):
+def test_sample_shows_rows_with_their_text(place, store, capsys):
     run("sample", store, "--rows", "3", "--seed", "1")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert all("[" in line and "norm" in line and line.startswith("window ") for line in lines)
+    opened, tokenizer = ActivationStore(str(store)), load_tokenizer(place / "model")
+    for line in lines:
+        window, at, text, norm = re.fullmatch(r"window (\d+) position (\d+): (.*)  norm (\S+)  .*", line).groups()
+        one, at = range(int(window), int(window) + 1), int(at)
+        tokens_L = opened.tokens(one)[0]
+        before, here = (tokenizer.decode(part) for part in np.split(tokens_L[max(0, at - 8) : at + 1], [-1]))
+        assert text == f"{before}[{here}]".replace("\n", " ")
+        assert {*tiny_run.WORDS} & {*re.split(r"[\[\] ]+", text)}
+        row_D = opened.acts(TAP, one)[0, at].astype(np.float32)
+        assert float(norm) == pytest.approx(np.linalg.norm(row_D), rel=1e-3)
 
 
 def test_a_copy_of_the_same_shape_is_the_same_to_the_byte(store, tmp_path):
