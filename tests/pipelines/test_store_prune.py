@@ -22,7 +22,7 @@ from saex_pipe.common.formats.manifest import commit_shard
 from saex_pipe.pipelines import cli
 
 ARRAYS = ("acts/a", "keep", "tokens")
-LEASE = 0.3
+LEASE = 1.0
 
 
 def prune(store, *options):

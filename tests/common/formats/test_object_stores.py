@@ -88,6 +88,16 @@ def test_a_conditional_write_happens_only_over_what_was_seen(folder):
     assert folder.read("a") == b"3"
 
 
+def test_a_conditional_delete_happens_only_over_what_was_seen(folder):
+    folder.write("a", b"1")
+    before = folder.generation("a")
+    folder.write("a", b"2")
+    assert not folder.delete_if("a", before)
+    assert folder.read("a") == b"2"
+    assert folder.delete_if("a", folder.generation("a"))
+    assert folder.list() == []
+
+
 def test_of_writers_that_race_one_wins(folder):
     won = []
 
