@@ -14,6 +14,7 @@ from saex_pipe.common.config import canonical_digest
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.activations import SCHEMA_VERSION, WRITERS, ActivationStore, StoreInfo
 from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.int8 import warn_of_added_error
 from saex_pipe.common.formats.local_disk import can_write, stale_lock_bytes
 from saex_pipe.common.formats.manifest import MANIFEST, Manifest, fingerprint
 from saex_pipe.common.formats.stage_output import beside
@@ -62,6 +63,8 @@ def print_info(uri: str, price: float, as_json: bool) -> None:
     else:
         facts["claims"] = _claims(folder)
     _print_facts(facts, as_json)
+    if manifest is not None:
+        warn_of_added_error(uri, manifest.contents["added_error"])
 
 
 def _opened(folder: Folder) -> tuple[Manifest | None, StoreInfo]:

@@ -7,6 +7,7 @@ variance, 6e-5 for residual streams, whose largest channel lies 3.5 spreads out,
 ``attn_z``; with the power of 1.5, which puts more levels where the values are, a third less: below 1e-4 everywhere.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,26 @@ from jaxtyping import Float, Float32, Int8
 from saex_pipe.common.formats.statistics import ActivationStatistics, floats_from_text, floats_to_text
 
 LEVELS = 127
+MOST_ADDED_ERROR = 1e-4  # of the variance, that a store should have
 _POWER = 1.5
 _LEVELS = np.sign(np.arange(-128, 128)) * np.abs(np.arange(-128.0, 128)) ** _POWER
 _BY_BYTE = np.roll(_LEVELS, 128).astype(np.float32)  # the level of each q, by its byte taken as unsigned
+
+
+def warn_of_added_error(uri: str, added_error: Mapping[str, float]) -> None:
+    """Print a line on stderr for each tap of a finished store that one byte a value is too little for.
+
+    Args:
+        uri: of the store.
+        added_error: by tap, as a share of the variance.
+    """
+    for tap, error in added_error.items():
+        if not error <= MOST_ADDED_ERROR:
+            print(
+                f"warning: {uri}: int8 adds {error:.2g} of the variance to {tap}, more than {MOST_ADDED_ERROR:g}; "
+                f"store it as bfloat16 (--set harvest.tap_dtypes={tap}=bfloat16)",
+                file=sys.stderr,
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from saex_pipe.common.formats.activations import (
     StoreInfo,
     finish_contents,
 )
-from saex_pipe.common.formats.int8 import Channels
+from saex_pipe.common.formats.int8 import Channels, warn_of_added_error
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.formats.statistics import ActivationStatistics
@@ -51,6 +51,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         contents["outlier_share"] = source.manifest.contents["outlier_share"]
         old_error = source.manifest.contents["added_error"]  # which rows that were in one byte keep
         contents["added_error"] |= {tap: old_error[tap] for tap in info.channels if tap in old_error}
+        warn_of_added_error(config.out, contents["added_error"])
         tokens = info.windows * info.window_length
         return output.finish(
             contents=contents, totals={"tokens": tokens, "rows": contents["rows"], "bytes": info.activation_bytes}

@@ -16,6 +16,7 @@ from saex_pipe.common import resources
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, finish_contents
 from saex_pipe.common.formats.followed_store import Room, freed_below
+from saex_pipe.common.formats.int8 import warn_of_added_error
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.stage_output import stage_output
 from saex_pipe.common.formats.store_info import given_dtypes
@@ -71,6 +72,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         contents = finish_contents(output.folder, info, output.ledger())
         if room is not None:
             contents["freed_below"] = freed_below(output.folder)
+        warn_of_added_error(config.out, contents["added_error"])
         return output.finish(contents=contents, totals=_totals(info, contents["rows"]), timings=timings)
 
 

@@ -13,6 +13,7 @@ import tiny_run
 from old_store import make_old
 
 from saex_pipe.common.errors import InputError, SaexError, ShareDone
+from saex_pipe.common.formats import int8
 from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.followed_store import Room
@@ -295,6 +296,34 @@ def test_info_says_what_is_in_a_store(store, capsys):
     assert facts["rows"] == ActivationStore(str(store)).rows
     run("info", store)
     assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "warned"), [(1e-4, False), (2.34e-4, True), (float("nan"), True)])
+def test_info_warns_where_one_byte_adds_too_much_error(store, capsys, error, warned):
+    path = store / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["contents"]["added_error"] = {TAP: error}
+    path.write_text(json.dumps(manifest))
+    run("info", store, "--json")
+    said = capsys.readouterr()
+    line = f"warning: {store}: int8 adds {error:.2g} of the variance to {TAP}, more than 0.0001; "
+    remedy = f"store it as bfloat16 (--set harvest.tap_dtypes={TAP}=bfloat16)\n"
+    assert said.err == (line + remedy if warned else "")
+    assert str(json.loads(said.out)[f"added_error {TAP}"]) == str(error)
+
+
+def test_harvest_and_copy_warn_where_one_byte_adds_too_much_error(place, tmp_path, monkeypatch, capsys):
+    config = Manifest.read(Folder(str(place / "whole"))).config
+    taps = {"taps": [TAP, "embed"], "tap_dtypes": [f"{TAP}=int8"], "out": str(tmp_path / "store")}
+    harvest.run(Config.create(config | taps))
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(int8, "MOST_ADDED_ERROR", 1e-7)  # in place of a model with heavier tails
+    manifest = harvest.run(Config.create(config | taps | {"out": str(tmp_path / "other")}))
+    error = manifest.contents["added_error"][TAP]
+    line = f"int8 adds {error:.2g} of the variance to {TAP}, more than 1e-07; store it as bfloat16 (--set"
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'other'}: {line}")
+    run("copy", tmp_path / "other", tmp_path / "copy")
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'copy'}: {line}")
 
 
 def test_info_of_an_unfinished_store_says_who_is_at_work(store, capsys):
