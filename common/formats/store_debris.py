@@ -9,6 +9,7 @@ so that a worker that comes meanwhile loses nothing.
 """
 
 import json
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,6 +111,7 @@ def _idle(folder: Folder, claims: Mapping[int, Stamped], stopped: bool) -> dict[
     states = {shard: json.loads(claim.data or b"{}") for shard, claim in claims.items()}
     leases = [state["lease_seconds"] for state in states.values() if state.get("worker")]
     if leases and not stopped:
+        print(f"watching {len(leases)} claims for their lease of {max(leases):g} s", file=sys.stderr, flush=True)
         time.sleep(max(leases))
     found = {}
     for shard, state in states.items():

@@ -94,7 +94,9 @@ def test_what_a_live_claim_covers_stays_and_what_an_expired_or_returned_one_cove
         before = store.folder.list()
         prune(store, "--yes")
         assert gone(store, before) == sorted([*objects(store, 2), "claims/000002.json", "claims/000004.json"])
-        assert "kept 3 objects of" in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "kept 3 objects of" in said.out
+        assert said.err == "watching 2 claims for their lease of 1 s\n"
         assert alive.confirm(3)
     assert not dead.commit(2, {})
 
