@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
+from itertools import count
 
 from gcs_server import GcsServer
 from s3_proxy import S3Proxy
@@ -23,6 +24,14 @@ ENVIRONMENT = {
     "SAEX_REQUEST_RETRIES": "5",
     "SAEX_RETRY_SECONDS": "0.05",
 }
+
+
+_NUMBERS = count()
+
+
+def fresh(root: str) -> str:
+    """A place below ``root`` that nothing was written to."""
+    return f"{root}/{next(_NUMBERS)}"
 
 
 @contextlib.contextmanager

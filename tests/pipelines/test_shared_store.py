@@ -6,7 +6,6 @@ import time
 
 import pytest
 import tiny_run
-from object_stores import ENVIRONMENT, serve_gcs
 
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.followed_store import freed_below
@@ -32,22 +31,13 @@ def alone(recipe, tmp_path_factory):
     return Folder(out)
 
 
-@pytest.fixture(params=[pytest.param("file", marks=pytest.mark.slow), "gs"])
-def out(request, tmp_path, monkeypatch):
-    if request.param == "file":
-        yield str(tmp_path / "run")
-        return
-    with serve_gcs() as server:
-        for name, value in (ENVIRONMENT | {"TENSORSTORE_GCS_HTTP_URL": server.url}).items():
-            monkeypatch.setenv(name, value)
-        yield "gs://bucket/run"
-
-
 def start(*arguments):
     return subprocess.Popen(tiny_run.command(*arguments), stderr=subprocess.PIPE, text=True)
 
 
-def test_a_small_bucket_feeds_a_training_run_while_two_workers_fill_it(recipe, alone, out):
+@pytest.mark.parametrize("folder", [pytest.param("file", marks=pytest.mark.slow), "s3", "gs"], indirect=True)
+def test_a_small_bucket_feeds_a_training_run_while_two_workers_fill_it(recipe, alone, folder):
+    out = folder.uri
     done = tiny_run.saex_pipe("corpus", recipe, "--out", out)
     assert done.returncode == 0, done.stderr
     room = ["--set", f"harvest.max_store_bytes={ROOM * SHARD_BYTES}"]

@@ -32,7 +32,8 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def local(tmp_path):
+    """For what the machine's own clock or many requests decide, and no kind of store."""
     return Folder(str(tmp_path))
 
 
@@ -132,28 +133,28 @@ def test_what_was_not_finished_is_given_back_at_the_end(folder):
     assert not b.claim(1)
 
 
-def test_claims_are_kept_alive_in_the_background(folder):
-    with worker(folder, "a", lease=0.3) as a:
+def test_claims_are_kept_alive_in_the_background(local):
+    with worker(local, "a", lease=0.3) as a:
         a.claim(0)
-        b = worker(folder, "b", lease=0.3)
+        b = worker(local, "b", lease=0.3)
         for _ in range(12):
             assert not b.claim(0)
             time.sleep(0.05)
         assert a.commit(0, {})
 
 
-def test_a_store_that_does_not_answer_for_a_while_costs_no_claim(folder, monkeypatch):
+def test_a_store_that_does_not_answer_for_a_while_costs_no_claim(local, monkeypatch):
     broken = iter([SaexError("down")] * 2)
-    write_if = folder.write_if
+    write_if = local.write_if
 
     def flaky(name, data, generation):
         for error in broken:
             raise error
         return write_if(name, data, generation)
 
-    with worker(folder, "a", lease=0.3) as a:
+    with worker(local, "a", lease=0.3) as a:
         a.claim(0)
-        monkeypatch.setattr(folder, "write_if", flaky)
+        monkeypatch.setattr(local, "write_if", flaky)
         time.sleep(0.4)
         assert next(broken, None) is None
         assert a.commit(0, {"by": "a"})
@@ -183,11 +184,11 @@ def test_an_answer_that_is_lost_is_made_out(folder, clock, monkeypatch):
     assert not worker(folder, "b").claim(0)
 
 
-def test_threads_that_race_win_every_shard_once(folder):
+def test_threads_that_race_win_every_shard_once(local):
     won = []
 
     def race(name):
-        own = worker(Folder(folder.uri), name)
+        own = worker(Folder(local.uri), name)
         won.extend(shard for shard in range(40) if own.claim(shard))
 
     threads = [threading.Thread(target=race, args=(str(number),)) for number in range(4)]
@@ -207,11 +208,9 @@ print(" ".join(str(shard) for shard in range(60) if own.claim(shard) and own.com
 """
 
 
-def test_processes_that_race_commit_every_shard_once(folder):
-    command = [sys.executable, "-c", RACE, folder.uri]
+def test_processes_that_race_commit_every_shard_once(local):
+    command = [sys.executable, "-c", RACE, local.uri]
     running = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(3)]
     won = [[int(shard) for shard in process.communicate(timeout=60)[0].split()] for process in running]
     assert sorted(shard for part in won for shard in part) == list(range(60))
-    assert ledger(folder) == {
-        f"ledger/{shard:06d}.json": {"by": str(n)} for n, part in enumerate(won) for shard in part
-    }
+    assert ledger(local) == {f"ledger/{shard:06d}.json": {"by": str(n)} for n, part in enumerate(won) for shard in part}

@@ -2,14 +2,13 @@
 
 import os
 import threading
-from itertools import count
 from urllib.parse import unquote
 
 import gcs_server
 import numpy as np
 import pytest
 from gcs_server import lose_answer, reset, stall, status, times
-from object_stores import ENVIRONMENT, serve_gcs, serve_proxy, serve_s3
+from object_stores import fresh
 from small_store import SmallStore, whole_store
 
 from saex_pipe.common.errors import InputError, SaexError
@@ -19,28 +18,12 @@ from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.row_reader import RowReader
 from saex_pipe.common.formats.zarr_array import Tiling, create_array, open_array, read_windows, write_windows
 
-NUMBERS = count()
-
-
-@pytest.fixture(scope="module")
-def stores():
-    """URIs of the roots, by kind, and the servers: of S3 a proxy, since moto makes no faults."""
-    with pytest.MonkeyPatch.context() as patch, serve_s3() as moto, serve_proxy(moto) as s3, serve_gcs() as gcs:
-        for name, value in {**ENVIRONMENT, "SAEX_S3_ENDPOINT": s3.url, "TENSORSTORE_GCS_HTTP_URL": gcs.url}.items():
-            patch.setenv(name, value)
-        yield {"s3": "s3://bucket/runs", "gs": "gs://bucket/runs", "servers": {"s3": s3, "gs": gcs}}
-
-
-@pytest.fixture(params=["file", "s3", "gs"])
-def folder(request, stores, tmp_path):
-    return Folder(str(tmp_path) if request.param == "file" else f"{stores[request.param]}/{next(NUMBERS)}")
-
 
 @pytest.fixture
 def gcs(stores):
     """A folder on GCS, and its server without faults."""
     server = stores["servers"]["gs"]
-    yield Folder(f"gs://bucket/runs/{next(NUMBERS)}"), server
+    yield Folder(fresh(stores["gs"])), server
     server.faults.clear()
 
 
@@ -48,7 +31,7 @@ def gcs(stores):
 def remote(request, stores):
     """A folder, its server without faults, and the method of an upload."""
     server = stores["servers"][request.param]
-    yield Folder(f"{stores[request.param]}/{next(NUMBERS)}"), server, {"s3": "PUT", "gs": "POST"}[request.param]
+    yield Folder(fresh(stores[request.param])), server, {"s3": "PUT", "gs": "POST"}[request.param]
     server.faults.clear()
 
 

@@ -191,8 +191,8 @@ class Watched(SmallStore):
         worker.write(shard, write)
 
 
-def test_a_late_writer_cannot_touch_what_its_successor_has_committed(tmp_path):
-    store = Watched(tmp_path, windows=4).start()
+def test_a_late_writer_cannot_touch_what_its_successor_has_committed(folder):
+    store = Watched(folder.uri, windows=4).start()
     late, next_one = store.worker("late", 0.05), store.worker("next", 60.0)
     assert list(late.round()) == [0]
 
@@ -209,8 +209,8 @@ def test_a_late_writer_cannot_touch_what_its_successor_has_committed(tmp_path):
     np.testing.assert_array_equal(found, store.acts_NLD)
 
 
-def test_a_successor_writes_over_what_a_late_writer_left(tmp_path):
-    store = Watched(tmp_path, windows=4).start()
+def test_a_successor_writes_over_what_a_late_writer_left(folder):
+    store = Watched(folder.uri, windows=4).start()
     late, next_one = store.worker("late", 0.05), store.worker("next", 60.0)
     assert list(late.round()) == [0]
     list(next_one.round())
