@@ -16,6 +16,7 @@ import tiny_run
 from small_store import SmallStore
 
 from saex_pipe.common.errors import InputError, ShareDone
+from saex_pipe.common.formats import claims
 from saex_pipe.common.formats.activations import ActivationStore, ActivationWriter
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.followed_store import freed_below, release_shards
@@ -138,11 +139,48 @@ def test_a_worker_that_is_killed_delays_its_shards_only(inputs, whole, tmp_path)
     start = [sys.executable, "-c", SCRIPT, json.dumps(settings)]
     doomed = subprocess.Popen([*start, "2"], env=environment)
     assert doomed.wait(60) == -signal.SIGKILL
-    held = [path for path in (tmp_path / "a" / "claims").iterdir() if "worker" in json.loads(path.read_text())]
+    held = [path for path in (tmp_path / "a" / "claims").glob("*.json") if "worker" in json.loads(path.read_text())]
     assert held, "it died with claims in its hands"
     workers = [subprocess.Popen([*start, "-1"], env=environment) for _ in range(2)]
     assert [worker.wait(60) for worker in workers] == [0, 0]
     check_same(tmp_path / "a", whole)
+
+
+class Clock:
+    """Stands in for the time of this machine: it passes only where workers wait for each other."""
+
+    def __init__(self, waiting):
+        self.now, self.waiting = 0.0, waiting
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, _):
+        self.waiting(self.now)
+        self.now += 100.0
+
+
+def test_all_but_the_shards_of_a_dead_worker_are_made_before_its_lease_is_over(inputs, whole, tmp_path, monkeypatch):
+    out, lease = tmp_path / "a", 1000.0
+    settings = inputs | SETTINGS | {"out": str(out), "elastic": True, "lease_seconds": lease}
+    doomed = [sys.executable, "-c", SCRIPT, json.dumps(settings), "2"]
+    assert subprocess.run(doomed, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=60).returncode == -signal.SIGKILL
+    states = {int(path.stem): json.loads(path.read_text()) for path in (out / "claims").glob("*.json")}
+    held = {shard for shard, state in states.items() if "worker" in state}
+    assert 2 in held
+    assert len(held) < 5, "it claims no more than it has under way"
+    finished = {}
+
+    def note(now):
+        finished[now] = {int(path.stem) for path in (out / "ledger").glob("*.json")}
+
+    clock = Clock(note)
+    monkeypatch.setattr(claims, "time", clock)
+    monkeypatch.setattr(work_module, "time", clock)
+    run(inputs, out, elastic=True)
+    others = set(range(10)) - held
+    assert finished == dict.fromkeys(np.arange(0, lease, 100.0), others), "made at once; the lease is waited for after"
+    check_same(out, whole)
 
 
 CLOCKS = """
