@@ -10,6 +10,11 @@ import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 
+from saex_pipe.stages.corpus import run as corpus
+from saex_pipe.stages.corpus.config import Config as CorpusConfig
+from saex_pipe.stages.harvest import run as harvest
+from saex_pipe.stages.harvest.config import Config as HarvestConfig
+
 WIDTH, LAYERS, VOCABULARY = 32, 3, 400
 TAP = "blocks.2.resid_pre"
 WORDS = [
@@ -87,6 +92,18 @@ def write_model(path: Path, vocabulary=VOCABULARY) -> Path:
     (path / "config.json").write_text(json.dumps(config))
     save_file(_weights(vocabulary), path / "model.safetensors")
     return path
+
+
+def write_store(place: Path, shards: int) -> Path:
+    """A store of ``shards`` shards of two chunks each, with the corpus, model and text that it is made of beside it."""
+    model, source = write_model(place / "model"), write_corpus(place / "text.jsonl.gz")
+    sizes = {"window_length": 32, "max_tokens": shards * 8 * 32, "holdout_fraction": 0.0}
+    own = {"source": [str(source)], "tokenizer": str(model), "out": str(place / "corpus")}
+    corpus.run(CorpusConfig.create(own | sizes))
+    settings = {"model": str(model), "tokens": str(place / "corpus"), "taps": [TAP], "compute_dtype": "float32"}
+    cut = {"batch_windows": 8, "shard_windows": 8, "chunk_windows": 4, "out": str(place / "whole")}
+    harvest.run(HarvestConfig.create(settings | cut))
+    return place / "whole"
 
 
 def _weights(vocabulary: int) -> dict[str, np.ndarray]:

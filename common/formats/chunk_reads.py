@@ -13,7 +13,7 @@ from saex_pipe.common.formats.local_disk import DiskReads
 from saex_pipe.common.formats.shard import ArrayLayout
 from saex_pipe.common.formats.store_info import KEEP, TOKENS, StoreInfo, acts_array, scales_array
 
-# In flight for one array: more than four on a disk only cool the caches; a bucket is far away (16 chunks are 64 MiB).
+# In flight for one array of one pool: more on a disk gained nothing; a bucket is far away (16 chunks are 64 MiB).
 _LOCAL_REQUESTS, _REMOTE_REQUESTS = 4, 16
 
 

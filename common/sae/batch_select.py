@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from saex_pipe.common.errors import InputError
-from saex_pipe.common.sae.bit_words import count_from, counts, entries, first_bits, words
+from saex_pipe.common.sae.bit_words import counts, entries, first_bits, words
+from saex_pipe.common.sae.cuts import between, count_from
 from saex_pipe.common.sae.select import GROUP, Scores, as_they_are, every_column, group_maxima
 
 COUNTED = 1 << 10  # entries that are counted side by side, however rows are cut
@@ -37,21 +38,9 @@ def cut(values: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Float[Ar
 
 
 def _edge(bits: Array, count: int | Array, count_from: Callable[[Array], Array]) -> Array:
-    wanted = jnp.asarray(count, jnp.int32)
-
-    def narrow(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = low + (high - low) // 2
-        found = count_from(middle)
-        # Exactly as many: the bracket closes.
-        return jnp.where(found >= wanted, middle, low), jnp.where(
-            found > wanted, high, jnp.where(found < wanted, middle, middle + 1)
-        )
-
     low = jnp.asarray(SMALLEST.view(np.int32))
-    high = jnp.maximum(jnp.max(bits), low) + 1
-    low, _ = jax.lax.while_loop(lambda bracket: bracket[1] - bracket[0] > 1, narrow, (low, high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    edge = between(count_from, count, low, jnp.maximum(jnp.max(bits), low) + 1)
+    return jax.lax.bitcast_convert_type(edge, jnp.float32)
 
 
 def largest(

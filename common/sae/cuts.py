@@ -6,16 +6,16 @@ above a value, whatever k is, in place of a sort.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from saex_pipe.common.sae.bit_words import count_from
-
 CUT_BYTES = 1 << 21  # of the rows whose cuts CPUs look for at once: 64 ms where all 2,048 rows of 9,216 take 262
+LANES = 64  # entries of a row that are counted side by side: what a sum over rows reads, XLA's CPU compiler writes down
+MOST_COUNTED = 32 * LANES  # columns of a row that are counted so: each 64 are written out
 LOWEST = np.iinfo(np.int32).min  # below the bits of all floats
 
 
@@ -46,26 +46,48 @@ def in_blocks(function: Callable[[Array], Array], values_BN: Float[Array, "B N"]
 
 
 def between(
-    bits_BN: Int[Array, "B N"], k: int, low_B1: Int[Array, "B 1"], high_B1: Int[Array, "B 1"], axis: str | None = None
-) -> Int[Array, "B 1"]:
-    """A value that ``k`` entries are at or above, and those equal to the last of them: at least ``low``, which as many
-    are at or above, and below ``high``, which fewer are."""
+    count_from: Callable[[Array], Array], k: int | Array, low: Array, high: Array, *, same_rounds: bool = False
+) -> Int[Array, "..."]:
+    """A value that ``k`` entries are at or above, and those equal to the last of them.
+
+    Args:
+        count_from: how many entries are at least a value.
+        k: of them are wanted.
+        low: that many are at or above it, or it is what is found.
+        high: fewer are.
+        same_rounds: take as many on every device, as is needed where counts are summed over them.
+    """
 
     def narrow(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low_B1, high_B1 = bracket
-        middle_B1 = (low_B1 >> 1) + (high_B1 >> 1) + (low_B1 & high_B1 & 1)  # their mean, without overflow
-        found_B1 = count_from(bits_BN, middle_B1)
-        if axis is not None:
-            found_B1 = jax.lax.psum(found_B1, axis)
+        low, high = bracket
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their mean, without overflow
+        found = count_from(middle)
         # Exactly k: the bracket closes.
-        return jnp.where(found_B1 >= k, middle_B1, low_B1), jnp.where(
-            found_B1 > k, high_B1, jnp.where(found_B1 < k, middle_B1, middle_B1 + 1)
-        )
+        return jnp.where(found >= k, middle, low), jnp.where(found > k, high, jnp.where(found < k, middle, middle + 1))
 
-    if axis is None:
-        return jax.lax.while_loop(lambda found: jnp.any(found[1] - found[0] != 1), narrow, (low_B1, high_B1))[0]
-    # As many rounds on every device, since they sum with each other.
-    return jax.lax.fori_loop(0, 32, lambda _, bracket: narrow(bracket), (low_B1, high_B1))[0]
+    if same_rounds:
+        return jax.lax.fori_loop(0, 32, lambda _, bracket: narrow(bracket), (low, high))[0]
+    return jax.lax.while_loop(lambda bracket: jnp.any(bracket[1] - bracket[0] != 1), narrow, (low, high))[0]
+
+
+def count_from(values_RN: Int[Array, "R N"], least_R1: Int[Array, "R 1"]) -> Int[Array, "R 1"]:
+    """How many entries of each row are at least ``least``."""
+    if values_RN.shape[1] % LANES or values_RN.shape[1] > MOST_COUNTED:
+        return jnp.sum(values_RN >= least_R1, axis=1, keepdims=True, dtype=jnp.int32)
+    return folded(reduce(jnp.add, ((part >= least_R1).astype(jnp.int32) for part in slices(values_RN))), jnp.add)
+
+
+def slices(values_RN: Array) -> list[Array]:
+    """The row's entries by slices of ``LANES``."""
+    return [values_RN[:, start : start + LANES] for start in range(0, values_RN.shape[1], LANES)]
+
+
+def folded(lanes_RL: Array, join: Callable[[Array, Array], Array]) -> Array:
+    """``join`` over the lanes of each row, a power of two, halved again and again."""
+    while lanes_RL.shape[1] > 1:
+        half = lanes_RL.shape[1] // 2
+        lanes_RL = join(lanes_RL[:, :half], lanes_RL[:, half:])
+    return lanes_RL
 
 
 def ordered_bits(values: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
@@ -76,7 +98,13 @@ def ordered_bits(values: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
 def _cuts(values_BF: Array, k: int, axis: str | None) -> Array:
     low_B1 = jnp.full((values_BF.shape[0], 1), ordered_bits(jnp.float32(-jnp.inf)), jnp.int32)
     high_B1 = jnp.full_like(low_B1, ordered_bits(jnp.float32(jnp.inf)) + 1)
-    cut_B1 = between(ordered_bits(values_BF), k, low_B1, high_B1, axis)
+    bits_BF = ordered_bits(values_BF)
+
+    def count(least_B1: Array) -> Array:
+        found_B1 = count_from(bits_BF, least_B1)
+        return found_B1 if axis is None else jax.lax.psum(found_B1, axis)
+
+    cut_B1 = between(count, k, low_B1, high_B1, same_rounds=axis is not None)
     return jax.lax.bitcast_convert_type(_ordered(cut_B1), jnp.float32)
 
 

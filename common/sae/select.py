@@ -7,9 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saex_pipe.common.sae.bit_words import LANES, MOST_COUNTED, first_bits, folded, row_entries, slices, total, words
+from saex_pipe.common.sae.bit_words import first_bits, row_entries, total, words
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.cuts import LOWEST, between, in_blocks, ordered_bits
+from saex_pipe.common.sae.cuts import (
+    LANES,
+    LOWEST,
+    MOST_COUNTED,
+    between,
+    count_from,
+    folded,
+    in_blocks,
+    ordered_bits,
+    slices,
+)
 
 GROUP = 16  # columns per group
 CUT_K = range(16, LANES + 1)  # entries a row for which CPUs look for a cut: 2.5 ms, not 11, for 32 of 576 in 2,048 rows
@@ -135,7 +145,8 @@ def _places_in_block(values_BN: Array, k: int) -> Array:
     lanes_BL = reduce(jnp.maximum, slices(bits_BN))
     # At or above the least of the lanes' maxima are as many entries as there are lanes, which is k or more. No lane is
     # of padding alone: rows have 4 k entries or more, which is as many as there are lanes.
-    cut_B1 = between(bits_BN, k, folded(lanes_BL, jnp.minimum), folded(lanes_BL, jnp.maximum) + 1)
+    low_B1, high_B1 = folded(lanes_BL, jnp.minimum), folded(lanes_BL, jnp.maximum) + 1
+    cut_B1 = between(partial(count_from, bits_BN), k, low_B1, high_B1)
     above_BW, at_BW = words(bits_BN, lambda part: part > cut_B1), words(bits_BN, lambda part: part == cut_B1)
     return row_entries(above_BW | first_bits(at_BW, k - total(above_BW)), k)
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import tiny_run
-from object_stores import ENVIRONMENT, serve_gcs, serve_s3
 
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
@@ -40,14 +39,6 @@ def local(recipe, tmp_path_factory):
     return Folder(out)
 
 
-@pytest.fixture(scope="module")
-def roots():
-    with pytest.MonkeyPatch.context() as patch, serve_s3() as s3, serve_gcs() as gcs:
-        for name, value in {**ENVIRONMENT, "SAEX_S3_ENDPOINT": s3, "TENSORSTORE_GCS_HTTP_URL": gcs.url}.items():
-            patch.setenv(name, value)
-        yield {"s3": "s3://bucket/run", "gs": "gs://bucket/run"}
-
-
 def results(folder):
     """Every object that says neither when nor where it was made."""
     volatile = ("manifest.json", "metrics.jsonl", "report.html")
@@ -56,10 +47,10 @@ def results(folder):
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_a_chain_on_an_object_store_gives_what_it_gives_on_a_disk(recipe, local, roots, kind):
-    finished = run(recipe, roots[kind])
+def test_a_chain_on_an_object_store_gives_what_it_gives_on_a_disk(recipe, local, stores, kind):
+    finished = run(recipe, stores[kind])
     assert [stage.ran for stage in finished] == [True] * 5
-    folder = Folder(roots[kind])
+    folder = Folder(stores[kind])
     found, expected = results(folder), results(local)
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
@@ -67,22 +58,22 @@ def test_a_chain_on_an_object_store_gives_what_it_gives_on_a_disk(recipe, local,
         name = stage.config.folder
         mine, theirs = (Manifest.read(root.child(name)) for root in (folder, local))
         assert (mine.digest, mine.contents) == (theirs.digest, theirs.contents)
-    assert [stage.ran for stage in run(recipe, roots[kind])] == [False] * 5
+    assert [stage.ran for stage in run(recipe, stores[kind])] == [False] * 5
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_results_are_replaced_and_shared_out_on_an_object_store(recipe, local, roots, kind, monkeypatch):
+def test_results_are_replaced_and_shared_out_on_an_object_store(recipe, local, stores, kind, monkeypatch):
     monkeypatch.setattr(work, "_POLL_SECONDS", 0.1)
-    run(recipe, roots[kind])
+    run(recipe, stores[kind])
     other = chain.with_assignments(recipe, ["harvest.taps=blocks.1.mlp_out", "harvest.elastic=true", "train.k=3"])
-    finished = run(other, roots[kind], force=True)
+    finished = run(other, stores[kind], force=True)
     assert [stage.ran for stage in finished] == [False, True, True, True, True]
-    folder = Folder(roots[kind])
+    folder = Folder(stores[kind])
     assert not [name for name in folder.list() if "saex-new" in name]
     assert list(Manifest.read(folder.child("activations")).contents["taps"]) == ["blocks.1.mlp_out"]
     states = folder.child("activations").read_many(folder.child("activations").list("claims/"))
     assert all("finished" in json.loads(state) for state in states.values())
-    run(recipe, roots[kind], force=True)
+    run(recipe, stores[kind], force=True)
     assert results(folder).keys() >= results(local).keys()
 
 
@@ -91,10 +82,10 @@ class DiedError(BaseException):
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_training_goes_on_from_a_checkpoint_in_a_bucket(recipe, local, roots, kind, monkeypatch):
+def test_training_goes_on_from_a_checkpoint_in_a_bucket(recipe, local, stores, kind, monkeypatch):
     changed = chain.with_assignments(recipe, ["train.checkpoint_every_steps=2"])
     config = chain.configure(
-        changed, "train", f"{roots[kind]}-resumed", {"activations": local.child("activations").uri}
+        changed, "train", f"{stores[kind]}-resumed", {"activations": local.child("activations").uri}
     )
     batch, seen = RowReader.batch, []
 

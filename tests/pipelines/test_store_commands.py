@@ -22,8 +22,6 @@ from saex_pipe.common.llm.tokenizer import load_tokenizer
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.pipelines import cli
 from saex_pipe.pipelines import store as store_module
-from saex_pipe.stages.corpus import run as corpus
-from saex_pipe.stages.corpus.config import Config as CorpusConfig
 from saex_pipe.stages.harvest import run as harvest
 from saex_pipe.stages.harvest.config import Config
 
@@ -34,14 +32,7 @@ TAP = tiny_run.TAP
 def place(tmp_path_factory):
     """A corpus and a store of five shards of two chunks each."""
     place = tmp_path_factory.mktemp("store")
-    model = tiny_run.write_model(place / "model")
-    source = tiny_run.write_corpus(place / "text.jsonl.gz")
-    sizes = {"window_length": 32, "max_tokens": 40 * 32, "holdout_fraction": 0.0}
-    own = {"source": [str(source)], "tokenizer": str(model), "out": str(place / "corpus")}
-    corpus.run(CorpusConfig.create(own | sizes))
-    settings = {"model": str(model), "tokens": str(place / "corpus"), "taps": [TAP], "compute_dtype": "float32"}
-    cut = {"batch_windows": 8, "shard_windows": 8, "chunk_windows": 4, "out": str(place / "whole")}
-    harvest.run(Config.create(settings | cut))
+    tiny_run.write_store(place, shards=5)
     return place
 
 

@@ -1,51 +1,28 @@
 """``saex-pipe store`` on S3 and GCS: each command does what it does on a disk."""
 
-from itertools import count
-
 import pytest
 import tiny_run
-from object_stores import ENVIRONMENT, serve_gcs, serve_s3
+from object_stores import fresh
 
 from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.claims import Claims
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.pipelines import cli
-from saex_pipe.stages.corpus import run as corpus
-from saex_pipe.stages.corpus.config import Config as CorpusConfig
-from saex_pipe.stages.harvest import run as harvest
-from saex_pipe.stages.harvest.config import Config
 
 TAP = tiny_run.TAP
-NUMBERS = count()
 SHARD_1, SHARD_2 = (f"acts/{TAP}/c/{shard}/0/0" for shard in (1, 2))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A store of three shards on a disk; its model and tokens lie there, too."""
-    place = tmp_path_factory.mktemp("store")
-    model, source = tiny_run.write_model(place / "model"), tiny_run.write_corpus(place / "text.jsonl.gz")
-    sizes = {"window_length": 32, "max_tokens": 24 * 32, "holdout_fraction": 0.0}
-    own = {"source": [str(source)], "tokenizer": str(model), "out": str(place / "corpus")}
-    corpus.run(CorpusConfig.create(own | sizes))
-    settings = {"model": str(model), "tokens": str(place / "corpus"), "taps": [TAP], "compute_dtype": "float32"}
-    cut = {"batch_windows": 8, "shard_windows": 8, "chunk_windows": 4, "out": str(place / "whole")}
-    harvest.run(Config.create(settings | cut))
-    return Folder(str(place / "whole"))
-
-
-@pytest.fixture(scope="module")
-def roots():
-    with pytest.MonkeyPatch.context() as patch, serve_s3() as s3, serve_gcs() as gcs:
-        for name, value in {**ENVIRONMENT, "SAEX_S3_ENDPOINT": s3, "TENSORSTORE_GCS_HTTP_URL": gcs.url}.items():
-            patch.setenv(name, value)
-        yield {"s3": "s3://bucket/runs", "gs": "gs://bucket/runs"}
+    return Folder(str(tiny_run.write_store(tmp_path_factory.mktemp("store"), shards=3)))
 
 
 @pytest.fixture(params=["s3", "gs"])
-def store(request, roots, whole):
+def store(request, stores, whole):
     """A copy of the store, to be spoilt."""
-    folder = Folder(f"{roots[request.param]}/{next(NUMBERS)}/activations")
+    folder = Folder(f"{fresh(stores[request.param])}/activations")
     for name, data in everything(whole).items():
         folder.write(name, data)
     return folder

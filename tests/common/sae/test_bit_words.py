@@ -6,9 +6,7 @@ import pytest
 
 from saex_pipe.common.sae.bit_words import (
     BLOCK,
-    MOST_COUNTED,
     WORD,
-    count_from,
     entries,
     first_bits,
     row_entries,
@@ -87,11 +85,3 @@ def test_of_the_bits_of_a_row_the_first_are_left(columns: int) -> None:
     for row, found in enumerate(in_word_order(chosen_RN)):
         expected_RN[row, found[: max(limits[row], 0)]] = True
     np.testing.assert_array_equal(left_RW, as_words(expected_RN))
-
-
-@pytest.mark.parametrize("columns", [50, 576, MOST_COUNTED, MOST_COUNTED + 64])  # in one sum; in slices
-def test_entries_of_a_row_are_counted(columns: int) -> None:
-    values_RN = np.random.default_rng(3).integers(-50, 50, (4, columns)).astype(np.int32)
-    least_R1 = np.array([[-50], [50], [7], [7]], np.int32)
-    found_R1 = count_from(jnp.asarray(values_RN), jnp.asarray(least_R1))
-    np.testing.assert_array_equal(found_R1, (values_RN >= least_R1).sum(axis=1, keepdims=True))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.sae.compute import PLAIN, Compute
-from saex_pipe.common.sae.cuts import row_cuts
+from saex_pipe.common.sae.cuts import MOST_COUNTED, count_from, row_cuts
 from saex_pipe.common.sae.select import GROUP, top_k
 from saex_pipe.common.sae.sparse import (
     RUN_LENGTH,
@@ -157,3 +157,11 @@ def test_runs_keep_equal_latents_in_order(latents: int) -> None:
     pairs_P = np.asarray(runs.pairs_NVR).reshape(-1)
     order_P = pairs_P[pairs_P < latents_BK.size]
     np.testing.assert_array_equal(order_P, np.argsort(np.asarray(latents_BK).reshape(-1), kind="stable"))
+
+
+@pytest.mark.parametrize("columns", [50, 576, MOST_COUNTED, MOST_COUNTED + 64])  # in one sum; in slices
+def test_entries_of_a_row_are_counted(columns: int) -> None:
+    values_RN = np.random.default_rng(3).integers(-50, 50, (4, columns)).astype(np.int32)
+    least_R1 = np.array([[-50], [50], [7], [7]], np.int32)
+    found_R1 = count_from(jnp.asarray(values_RN), jnp.asarray(least_R1))
+    np.testing.assert_array_equal(found_R1, (values_RN >= least_R1).sum(axis=1, keepdims=True))
