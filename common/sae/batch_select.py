@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.sae.bit_words import counts, entries, first_bits, words
-from saex_pipe.common.sae.cuts import between, count_from
+from saex_pipe.common.sae.cuts import between, count_from, counts_in_lanes
 from saex_pipe.common.sae.select import GROUP, Scores, as_they_are, every_column, group_maxima
 
 COUNTED = 1 << 10  # entries that are counted side by side, however rows are cut
@@ -34,13 +34,13 @@ def cut(values: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Float[Ar
     """
     _refuse_too_many(values)
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    return _edge(bits, count, lambda least: jnp.sum(bits >= least, dtype=jnp.int32))
+    edge = _edge(bits, count, lambda least: jnp.sum(bits >= least, dtype=jnp.int32))
+    return jax.lax.bitcast_convert_type(edge, jnp.float32)
 
 
 def _edge(bits: Array, count: int | Array, count_from: Callable[[Array], Array]) -> Array:
     low = jnp.asarray(SMALLEST.view(np.int32))
-    edge = between(count_from, count, low, jnp.maximum(jnp.max(bits), low) + 1)
-    return jax.lax.bitcast_convert_type(edge, jnp.float32)
+    return between(count_from, count, low, jnp.maximum(jnp.max(bits), low) + 1)
 
 
 def largest(
@@ -73,9 +73,11 @@ def _refuse_too_many(values: Array) -> None:
 
 def _compacted(values_RN: Array, most: int, count: int | Array) -> tuple[Array, Array, Array]:
     """Rows and columns of the ``count`` largest, row by row, in arrays of ``most``, and which of these are in use."""
-    bits_RC = jax.lax.bitcast_convert_type(values_RN, jnp.int32).reshape(-1, math.gcd(values_RN.size, COUNTED))
-    edge = _edge(bits_RC, count, lambda least: jnp.sum(count_from(bits_RC, least[None, None]), dtype=jnp.int32))
-    above_RW, at_RW = words(values_RN, lambda part: part > edge), words(values_RN, lambda part: part == edge)
+    bits_RN = jax.lax.bitcast_convert_type(values_RN, jnp.int32)
+    # Rows that are cut otherwise are computed again in that order, which takes longer than counting does.
+    counted_RC = bits_RN if counts_in_lanes(bits_RN) else bits_RN.reshape(-1, math.gcd(bits_RN.size, COUNTED))
+    edge = _edge(bits_RN, count, lambda least: jnp.sum(count_from(counted_RC, least[None, None]), dtype=jnp.int32))
+    above_RW, at_RW = words(bits_RN, lambda part: part > edge), words(bits_RN, lambda part: part == edge)
     # Only entries equal to the edge can be too many.
     left = jnp.asarray(count, jnp.int32) - jnp.sum(counts(above_RW), dtype=jnp.int32)
     kept_RW = first_bits(at_RW.reshape(1, -1), left[None, None]).reshape(at_RW.shape)

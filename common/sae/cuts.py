@@ -72,9 +72,14 @@ def between(
 
 def count_from(values_RN: Int[Array, "R N"], least_R1: Int[Array, "R 1"]) -> Int[Array, "R 1"]:
     """How many entries of each row are at least ``least``."""
-    if values_RN.shape[1] % LANES or values_RN.shape[1] > MOST_COUNTED:
+    if not counts_in_lanes(values_RN):
         return jnp.sum(values_RN >= least_R1, axis=1, keepdims=True, dtype=jnp.int32)
     return folded(reduce(jnp.add, ((part >= least_R1).astype(jnp.int32) for part in slices(values_RN))), jnp.add)
+
+
+def counts_in_lanes(values_RN: Array) -> bool:
+    """Whether ``count_from`` counts the entries of such rows side by side."""
+    return values_RN.shape[1] % LANES == 0 and values_RN.shape[1] <= MOST_COUNTED
 
 
 def slices(values_RN: Array) -> list[Array]:
