@@ -10,6 +10,7 @@ import json
 import logging
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -95,8 +96,11 @@ class TrainingState:
     def __init__(self, folder: Folder) -> None:
         import orbax.checkpoint as ocp
 
-        # Orbax reports a failed save from each of its threads, with tracebacks, before it raises.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Orbax reports a failed save from each of its threads, with tracebacks, before it raises; the event loops that
+        # it closes with the rest of that save in them do so when the process ends.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
         self._orbax = ocp
         local = folder.local_path()
         self._scratch = tempfile.TemporaryDirectory() if local is None else None
