@@ -1,7 +1,8 @@
 """bfloat16 for zarr-python, which has none: with saex-pipe installed, any zarr user opens the stores.
 
-Registered through the entry point ``zarr.data_type`` in pyproject.toml, which zarr-python reads from 3.2 on; with
-zarr 3.1, the last for Python 3.11, importing this module registers it.
+Registered through the entry point ``zarr.data_type`` in pyproject.toml. zarr 3.1, the last for Python 3.11, lists those
+entry points and never loads them, but loads those of ``zarr.buffer`` before it reads any metadata: there this module
+gives zarr's own ``Buffer`` once more, so that it is imported, which registers the type.
 """
 
 import importlib
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import ml_dtypes
 import numpy as np
+from zarr.core.buffer.cpu import Buffer
 from zarr.core.dtype import data_type_registry
 from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.core.dtype.npy.common import float_from_json_v3, float_to_json_v3
@@ -19,6 +21,8 @@ _home = importlib.import_module("zarr.errors")
 if not hasattr(_home, "DataTypeValidationError"):  # zarr 3.1, the last for Python 3.11
     _home = importlib.import_module("zarr.dtype")
 DataTypeValidationError: type[Exception] = _home.DataTypeValidationError
+
+__all__ = ["BFloat16", "Buffer"]
 
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 
