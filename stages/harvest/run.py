@@ -42,6 +42,7 @@ from saex_pipe.stages.harvest.work import ElasticWork, Work
 # being written, of one that is full, and of those that the passes under way belong to.
 _SHARDS_READ_AHEAD = 1
 _PASSES_AHEAD = 2
+_LARGEST_SHARD_BYTES = 256 << 20
 
 
 def run(config: Config, *, force: bool = False) -> Manifest:
@@ -189,16 +190,26 @@ def _store_info(
 
 
 def _tiling(config: Config, window_bytes: int, windows: int) -> Tiling:
-    """The cut of the store; a shard that is not set by hand is whole batches, so that no pass runs half empty."""
+    """The cut of the store; a shard that is not set by hand is whole batches, so that no pass runs half empty.
+
+    The chunk is the one next to the default with which such a shard stays within 256 MB. Where there is none, as with
+    a batch of a large prime, the last pass of each shard is short of less than a chunk.
+    """
     tiling = Tiling.for_bytes(window_bytes, windows, config.shard_windows, config.chunk_windows)
     if config.shard_windows is not None:
         return tiling
-    chunk, batch = tiling.chunk_windows, config.batch_windows
-    if config.chunk_windows is None and math.lcm(chunk, batch) > tiling.shard_windows:
-        # Else a shard of whole batches and whole chunks may become many times as large as it should be.
-        chunk = max(divisor for divisor in range(1, chunk + 1) if batch % divisor == 0)
-    step = math.lcm(chunk, batch)
-    return Tiling(-(-tiling.shard_windows // step) * step, chunk)
+    default, batch = tiling.chunk_windows, config.batch_windows
+    chunks = [default]
+    if config.chunk_windows is None:
+        chunks = sorted(range(-(-default // 2), 2 * default + 1), key=lambda chunk: abs(chunk - default))
+    limit = max(_LARGEST_SHARD_BYTES // window_bytes, batch)
+    for chunk in chunks:
+        step = math.lcm(chunk, batch)
+        shard = -(-tiling.shard_windows // step) * step
+        if shard <= limit:
+            return Tiling(shard, chunk)
+    whole = -(-tiling.shard_windows // batch) * batch
+    return Tiling(max(whole // default, 1) * default, default)
 
 
 def _totals(info: StoreInfo, rows: int) -> dict[str, int]:

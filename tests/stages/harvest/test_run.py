@@ -117,14 +117,19 @@ def test_devices_that_do_not_divide_are_refused(inputs, tmp_path, changes, messa
 
 
 @pytest.mark.parametrize("window_bytes", [128 * 576 * 2, 1024 * 768 * 2, 1024 * 2304 * 2, 256 * 3072 * 4])
-@pytest.mark.parametrize("batch", [7, 8, 24, 32, 512])
+@pytest.mark.parametrize("batch", [7, 8, 13, 24, 31, 32, 37, 512, 1009])
 def test_shards_are_whole_batches_of_64_to_256_megabytes(window_bytes, batch):
     config = Config.create({"model": "m", "tokens": "t", "out": "o", "taps": ["embed"], "batch_windows": batch})
     tiling = harvest._tiling(config, window_bytes, 10**6)
-    assert tiling.shard_windows % batch == tiling.shard_windows % tiling.chunk_windows == 0
-    assert 64e6 <= tiling.shard_windows * window_bytes <= max(256e6, batch * window_bytes)
+    assert tiling.shard_windows % tiling.chunk_windows == 0
+    short = -tiling.shard_windows % batch
+    assert short < (tiling.chunk_windows if batch == 1009 else 1), "the room of the last pass of a shard that is empty"
+    assert 64e6 <= tiling.shard_windows * window_bytes <= max(256 << 20, batch * window_bytes)
+    assert 1.5e6 <= tiling.chunk_windows * window_bytes <= max(8 << 20, 2 * window_bytes)
     by_hand = config.model_copy(update={"shard_windows": 10, "chunk_windows": 5})
     assert harvest._tiling(by_hand, window_bytes, 10**6) == Tiling(10, 5)
+    chunk_by_hand = config.model_copy(update={"chunk_windows": 5})
+    assert harvest._tiling(chunk_by_hand, window_bytes, 10**6).chunk_windows == 5
 
 
 @pytest.mark.usefixtures("one_device")
