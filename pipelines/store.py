@@ -142,7 +142,8 @@ def print_stats(uri: str, as_json: bool, plot: str | None) -> None:
             "rows": found.count,
             "root_mean_square_norm": round(float(np.sqrt(found.mean_square_norm)), 4),
             **{f"norm_{100 * q:g}_percent": round(found.norm_quantile(q), 4) for q in _QUANTILES},
-            "outlier_share": store.manifest.contents["outlier_share"],
+            "outlier_share": store.manifest.contents.get("tap_outlier_share", {}).get(tap),
+            "outlier_share_of_all_taps": store.manifest.contents["outlier_share"],
             "mean_to_spread": round(found.mean_to_spread, 4),
             "largest_shares_of_second_moment": largest,
         }

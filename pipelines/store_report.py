@@ -28,6 +28,8 @@ def report(store: ActivationStore) -> str:
             f"{found.count:,} rows of {width:,} in {store.info.dtypes[tap]}; root mean square norm "
             f"{np.sqrt(found.mean_square_norm):.4g}; the mean lies {found.mean_to_spread:.2g} spreads off zero"
         )
+        if (outliers := store.manifest.contents.get("tap_outlier_share", {}).get(tap)) is not None:
+            summary += f"; {outliers:.3%} of the tokens are outliers here"
         norms = [f"{middle:.4g}: {count:,} rows" for middle, count in zip(middles, counts, strict=True)]
         shares = [f"channel of rank {rank}: {share:.3%}" for rank, share in enumerate(moments, 1)]
         sections.append(

@@ -14,7 +14,7 @@ def make_old(path: Path) -> Path:
     for number, windows in enumerate(store.info.tiling.shards(store.info.windows)):
         ledger = path / f"ledger/{number:06d}.json"
         entry = json.loads(ledger.read_text())
-        for name in ("outliers", "checksums", "added_error"):
+        for name in ("outliers", "tap_outliers", "checksums", "added_error"):
             del entry[name]
         entry["crc32"] = {tap: zlib.crc32(store.acts(tap, windows).tobytes()) for tap in store.info.taps}
         entry["statistics"] = {tap: _in_digits(found) for tap, found in entry["statistics"].items()}
@@ -24,7 +24,7 @@ def make_old(path: Path) -> Path:
     contents["dtype"] = next(iter(contents.pop("dtypes").values()))
     contents["rows_per_chunk"] = store.rows_per_chunk().tolist()
     contents["statistics"] = {tap: _in_digits(found) for tap, found in contents["statistics"].items()}
-    for name in ("channels", "outlier_share", "added_error", "index"):
+    for name in ("channels", "outlier_share", "tap_outlier_share", "added_error", "index"):
         del contents[name]
     manifest |= {"schema_version": 1, "digest": "old", "contents": contents}
     manifest["fingerprint"] |= {"schema_version": 1}

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class ActivationWriter:
         keep_NL: Bool[np.ndarray, "N L"],
         acts: Mapping[str, Float[np.ndarray, "N L D"]],
         *,
-        outliers: int = 0,
+        outliers: Mapping[str, Bool[np.ndarray, "N L"]] = MappingProxyType({}),
         over: Mapping[str, bytes] | None = None,
     ) -> dict[str, Any]:
         """Write one shard, durably, and return its ledger entry. Kept rows that are not finite are refused.
@@ -92,7 +93,7 @@ class ActivationWriter:
             tokens_NL: token ids.
             keep_NL: which tokens are rows.
             acts: activations by tap, of the tap's dtype; for an int8 tap, of any floating type.
-            outliers: tokens that are no rows only because of their norm.
+            outliers: by tap, the tokens that are no rows only because of their norm there.
             over: the generations of the objects that this shard may replace; None replaces whatever is there.
 
         Raises:
@@ -104,7 +105,8 @@ class ActivationWriter:
             "windows": [windows.start, windows.stop],
             "rows": int(train_NL.sum()),
             "rows_per_chunk": [int(train_NL[a : a + chunk].sum()) for a in range(0, len(windows), chunk)],
-            "outliers": outliers,
+            "outliers": int(np.any([*outliers.values()], axis=0).sum()),
+            "tap_outliers": {tap: int(found_NL.sum()) for tap, found_NL in outliers.items()},
             "checksums": {},
             "statistics": {},
             "added_error": {},
@@ -212,9 +214,15 @@ def finish_contents(folder: Folder, info: StoreInfo, ledger: Mapping[int, Mappin
     }
     rows = sum(entry["rows"] for entry in entries)
     outliers = sum(entry["outliers"] for entry in entries)
+    candidates = max(rows + outliers, 1)
     return info.to_json() | {
         "rows": rows,
-        "outlier_share": outliers / max(rows + outliers, 1),
+        "outlier_share": outliers / candidates,  # of the tokens that would be rows, beyond the limit of any tap
+        "tap_outlier_share": {
+            tap: sum(entry["tap_outliers"][tap] for entry in entries) / candidates
+            for tap in info.taps
+            if all(tap in entry.get("tap_outliers", {}) for entry in entries)  # not of shards of earlier versions
+        },
         "statistics": {tap: found.to_json() for tap, found in statistics.items()},
         "added_error": {
             tap: sum(entry["added_error"][tap] for entry in entries)

@@ -1,7 +1,7 @@
 """Which tokens become training rows: no padding, no special tokens, no chosen positions, no attention sinks."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,16 @@ class RowPolicy:
         for tap, limit in (self.norm_limits or {}).items():
             keep_NL &= norms[tap] <= limit
         return keep_NL
+
+    def outliers(
+        self,
+        tokens_NL: Int32[np.ndarray, "N L"],
+        padding_NL: Bool[np.ndarray, "N L"],
+        norms: Mapping[str, Float32[np.ndarray, "N L"]],
+    ) -> dict[str, Bool[np.ndarray, "N L"]]:
+        """For each limited tap the tokens beyond its limit that nothing but limits keeps from being rows."""
+        rows_NL = replace(self, norm_limits=None).keep(tokens_NL, padding_NL, {})
+        return {tap: rows_NL & ~(norms[tap] <= limit) for tap, limit in (self.norm_limits or {}).items()}
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""

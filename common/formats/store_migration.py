@@ -125,7 +125,8 @@ class Migration:
             self.folder,
             shard,
             {name: old[name] for name in ("windows", "rows", "rows_per_chunk")}
-            | {"outliers": self._outliers(bodies[TOKENS], bodies[KEEP]), "checksums": checksums, "added_error": {}}
+            | {"outliers": self._outliers(bodies[TOKENS], bodies[KEEP]), "tap_outliers": {}}
+            | {"checksums": checksums, "added_error": {}}
             | {"statistics": {tap: _statistics(found) for tap, found in old["statistics"].items()}},
         )
         return shard

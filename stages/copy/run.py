@@ -49,6 +49,8 @@ def run(config: Config, *, force: bool = False) -> Manifest:
                 stop.raise_if_requested()
         contents = finish_contents(output.folder, info, output.ledger())
         contents["outlier_share"] = source.manifest.contents["outlier_share"]
+        old_shares = source.manifest.contents.get("tap_outlier_share", {})
+        contents["tap_outlier_share"] = {tap: old_shares[tap] for tap in info.taps if tap in old_shares}
         old_error = source.manifest.contents["added_error"]  # which rows that were in one byte keep
         contents["added_error"] |= {tap: old_error[tap] for tap in info.channels if tap in old_error}
         warn_of_added_error(config.out, contents["added_error"])

@@ -143,12 +143,10 @@ def _full_shards(fetched: Iterable[Batch], clock: DeviceClock, bar: Progress, st
 
 def _write(writer: ActivationWriter, work: Work, shard: Shard) -> None:
     """Write one shard and its ledger entry, in the background of later passes."""
-    policy = writer.info.row_policy
-    keep_NL = policy.keep(shard.tokens_NL, shard.padding_NL, shard.norms)
-    rows_NL = replace(policy, norm_limits=None).keep(shard.tokens_NL, shard.padding_NL, {})
+    told = shard.tokens_NL, shard.padding_NL, shard.norms
+    keep_NL, outliers = writer.info.row_policy.keep(*told), writer.info.row_policy.outliers(*told)
 
     def write(over: Mapping[str, bytes] | None) -> dict[str, Any]:
-        outliers = int((rows_NL & ~keep_NL).sum())
         return writer.write_shard(shard.windows, shard.tokens_NL, keep_NL, shard.acts, outliers=outliers, over=over)
 
     work.write(shard.number, write)

@@ -206,3 +206,13 @@ def test_a_copy_goes_on_with_the_shards_that_are_missing(source, tmp_path):
     changed = [n for n in range(6) if (out / f"acts/a/c/{n}/0/0").stat().st_mtime_ns != written[n]]
     assert changed == [3]
     assert json.loads((out / "manifest.json").read_text())["timings"]["resumed"] == 1
+
+
+def test_the_share_of_outliers_goes_on_to_every_copy(source, tmp_path):
+    small = copy(source.uri, tmp_path / "small", dtype="int8")
+    manifest = json.loads((tmp_path / "small" / "manifest.json").read_bytes())
+    told = {"outlier_share": 0.25, "tap_outlier_share": {"a": 0.125}}
+    (tmp_path / "small" / "manifest.json").write_text(json.dumps(manifest | {"contents": manifest["contents"] | told}))
+    for name, settings in {"same": {}, "other": {"dtype": "bfloat16", "windows": 10}}.items():
+        contents = copy(small.uri, tmp_path / name, **settings).manifest.contents
+        assert {key: contents[key] for key in told} == told

@@ -142,6 +142,25 @@ def test_patterns_of_taps_are_stored_under_the_names_that_they_stand_for(inputs,
 
 
 @pytest.mark.usefixtures("one_device")
+def test_the_share_of_outlier_tokens_is_stated_for_each_tap_and_for_all(inputs, tmp_path):
+    taps = ["blocks.0.resid_pre", "blocks.1.resid_pre"]
+    run(inputs, tmp_path / "all", taps=taps)
+    contents = run(inputs, tmp_path / "some", taps=taps, drop_norm_multiple=1.1).contents
+    every, some = ActivationStore(str(tmp_path / "all")), ActivationStore(str(tmp_path / "some"))
+    windows = range(every.info.windows)
+    rows_NL, limits = every.keep(windows), contents["row_policy"]["norm_limits"]
+    beyond = {
+        tap: rows_NL & (np.linalg.norm(every.acts(tap, windows).astype(np.float32), axis=-1) > limits[tap])
+        for tap in taps
+    }
+    shares = {tap: found_NL.sum() / rows_NL.sum() for tap, found_NL in beyond.items()}
+    assert len({*shares.values()}) == len(taps)
+    assert contents["tap_outlier_share"] == pytest.approx(shares, abs=2e-3)
+    assert contents["outlier_share"] == 1 - some.rows / every.rows
+    assert max(shares.values()) <= contents["outlier_share"] < sum(shares.values())
+
+
+@pytest.mark.usefixtures("one_device")
 def test_the_share_of_outlier_tokens_is_stated(inputs, tmp_path, wanted):
     contents = run(inputs, tmp_path, drop_norm_multiple=1.1).contents
     tokens_NL, wanted_NLD = wanted
