@@ -31,6 +31,10 @@ class PreemptedError(SaexError):
     exit_status = 75
 
 
+class Superseded(SaexError):  # noqa: N818 - the other process is the one to look at
+    """Another process has taken this one's place; what it writes to belongs to that one."""
+
+
 class ShareDone(SaexError):  # noqa: N818 - no error
     """Not a failure: this worker's part of the work is done, and others still have theirs to do."""
 

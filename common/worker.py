@@ -19,6 +19,11 @@ class Share:
     index: int
     count: int
 
+    @property
+    def name(self) -> str:
+        """For the names of objects."""
+        return f"{self.index}-of-{self.count}"
+
     def of(self, shards: Sequence[_Shard]) -> Sequence[_Shard]:
         """Of all shards those of this worker: every ``count``-th."""
         return shards[self.index :: self.count]

@@ -16,7 +16,7 @@ from saex_pipe.common.formats.activations import SCHEMA_VERSION, WRITERS, Activa
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.int8 import warn_of_added_error
 from saex_pipe.common.formats.local_disk import can_write, stale_lock_bytes
-from saex_pipe.common.formats.manifest import MANIFEST, Manifest, fingerprint
+from saex_pipe.common.formats.manifest import MANIFEST, Manifest, fingerprint, found_fingerprint
 from saex_pipe.common.formats.stage_output import beside
 from saex_pipe.common.formats.store_checks import Trouble, check_frame, check_shards
 from saex_pipe.common.formats.store_debris import delete_debris, find_debris
@@ -236,7 +236,9 @@ def prune(uri: str, yes: bool, stopped: bool) -> None:
     old, new = beside(folder, "saex-old"), beside(folder, "saex-new")
     if manifest is None and Manifest.read(new) is not None:
         raise InputError(f"{uri} is being replaced by {new.uri}", "run its stage again, which completes that")
-    debris = find_debris(folder, info, finished=manifest is not None, stopped=stopped)
+    started = found_fingerprint(folder) or {}
+    claiming = started.get("stage") == "harvest"
+    debris = find_debris(folder, info, finished=manifest is not None, stopped=stopped, claiming=claiming)
     places = (new,) if manifest is None else (old, new)
     replacement = [(place, name) for place in places for name in place.list()]
     waits = [name for place, name in replacement if place is new and not stopped]

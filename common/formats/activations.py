@@ -12,7 +12,6 @@ training rows and enter the statistics; later windows are held out.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +21,7 @@ from jaxtyping import Bool, Float, Int32
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.chunk_index import ChunkIndex, checksum_text, write_chunk_index
 from saex_pipe.common.formats.chunk_reads import ChunkReads
-from saex_pipe.common.formats.folder import Folder, explain_storage_error
+from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.shard import EncodedShard
 from saex_pipe.common.formats.statistics import ActivationStatistics
@@ -47,7 +46,7 @@ __all__ = [
 
 
 class Overtaken(Exception):  # noqa: N818 - an outcome that the caller acts on, not a mistake
-    """Another writer has written an object of this shard since its generations were taken."""
+    """Another writer has written an object of this shard since its versions were taken."""
 
 
 class ActivationWriter:
@@ -71,10 +70,10 @@ class ActivationWriter:
                 axes="NLD"[: len(layout.shape)],
             )
 
-    def generations(self, windows: range) -> dict[str, bytes]:
-        """The generation of every object of a shard as it is now, for ``write_shard(over=...)``."""
+    def versions(self, windows: range) -> dict[str, bytes]:
+        """The version of every object of a shard as it is now, for ``write_shard(over=...)``."""
         names = [layout.shard_object(self._shard(windows)) for layout in self._layouts.values()]
-        return {name: self._folder.generation(name) for name in names}
+        return {name: self._folder.version(name) for name in names}
 
     def write_shard(
         self,
@@ -94,7 +93,7 @@ class ActivationWriter:
             keep_NL: which tokens are rows.
             acts: activations by tap, of the tap's dtype; for an int8 tap, of any floating type.
             outliers: by tap, the tokens that are no rows only because of their norm there.
-            over: the generations of the objects that this shard may replace; None replaces whatever is there.
+            over: the versions of the objects that this shard may replace; None replaces whatever is there.
 
         Raises:
             Overtaken: another writer replaced an object first.
@@ -164,20 +163,11 @@ class _Writes:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
 
     def start(self, name: str, shard: EncodedShard) -> None:
-        if self._over is None:
-            self._finish.append(self._thread.submit(self._folder.write_pieces, name, shard.pieces).result)
-        else:
-            data = shard.joined()
-            request = self._folder.objects.write(name, data, if_equal=self._over[name])
-            self._finish.append(partial(self._check, name, data, request))
+        over = None if self._over is None else self._over[name]
+        self._finish.append(self._thread.submit(self._write, name, shard, over).result)
 
-    def _check(self, name: str, data: bytes, request: Any) -> None:
-        try:
-            written = request.result()
-        except (ValueError, OSError) as error:
-            explain_storage_error(error, f"{self._folder.uri}/{name}", "written")
-        # An answer that was lost makes the repeated request fail although the first one has succeeded.
-        if not written.generation and self._folder.read(name) != data:
+    def _write(self, name: str, shard: EncodedShard, over: bytes | None) -> None:
+        if not self._folder.write_pieces(name, shard.pieces, over):
             raise Overtaken(name)
 
     def __enter__(self) -> "_Writes":

@@ -1,12 +1,17 @@
 """Shards shared out among workers that come and go, by compare-and-swap on one object a shard.
 
-``claims/N.json`` is absent, then ``{"worker", "lease_seconds", "beat"}``, in the end ``{"finished": ledger entry}``.
+``claims/N.json`` is absent, then ``{"worker", "lease_seconds", "beat"}``, in the end ``{"finished": ledger entry}``;
+it is absent again when it was given back.
 A worker that claims a shard moves the beat on; a claim whose object stays the same for its lease, by the clock of
 whoever looks, has expired and may be taken over. Nobody compares clocks: they decide how long to wait, never who is
 right. Right is who swaps the claim to ``finished``, and only its holder can; a holder whose claim was taken over finds
 out when its swap fails. The shard's data are written on the condition that they are still what they were at a moment
 from which on the claim is known to have been the writer's own (``confirm``): whoever takes the claim over later
 writes them anew, so that a late writer cannot touch what a later holder has committed.
+
+A worker with a fixed share has its shards to itself: what the claims of its share say is of an earlier process of the
+same share, mostly one that has died, so they are taken over at once. Should that process live, as on a machine that is
+slow to go, then of the two the one that started last goes on (``Tenure``).
 """
 
 import json
@@ -14,7 +19,7 @@ import threading
 import time
 from typing import Any, Self
 
-from saex_pipe.common.errors import SaexError
+from saex_pipe.common.errors import SaexError, Superseded
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import commit_shard
 
@@ -24,12 +29,13 @@ _BEATS_PER_LEASE = 3
 class Claims:
     """The claims of one worker on the shards of ``folder``; in a ``with`` block a thread keeps them alive.
 
-    ``worker`` must be a name that no other process has.
+    ``worker`` must be a name that no other process has; ``share`` names the shards that it makes alone, if it does.
     """
 
-    def __init__(self, folder: Folder, worker: str, lease_seconds: float) -> None:
+    def __init__(self, folder: Folder, worker: str, lease_seconds: float, share: str | None = None) -> None:
         self._folder = folder
-        self._worker = worker
+        self._own = {"worker": worker, "lease_seconds": lease_seconds} | ({"share": share} if share else {})
+        self._share = share
         self._lease_seconds = lease_seconds
         self._held: dict[int, bytes] = {}  # shard to the generation of its claim
         self._beat = 0
@@ -45,7 +51,8 @@ class Claims:
         if "finished" in state:
             commit_shard(self._folder, shard, state["finished"])  # again, should its worker have died before
             return False
-        if state.get("worker") is not None and not self._has_expired(shard, found.generation, state["lease_seconds"]):
+        is_others = state.get("worker") is not None and not self._is_predecessor(state)
+        if is_others and not self._has_expired(shard, found.generation, state["lease_seconds"]):
             return False
         with self._lock:
             generation = self._folder.write_if(_name(shard), self._body(), found.generation)
@@ -84,6 +91,9 @@ class Claims:
                 self._held[shard] = generation
         return generation is not None
 
+    def _is_predecessor(self, state: dict[str, Any]) -> bool:
+        return self._share is not None and state.get("share") == self._share
+
     def _has_expired(self, shard: int, generation: bytes, lease_seconds: float) -> bool:
         now = time.monotonic()
         seen, since = self._others.get(shard, (b"", now))
@@ -94,8 +104,7 @@ class Claims:
 
     def _body(self) -> bytes:
         self._beat += 1
-        state = {"worker": self._worker, "lease_seconds": self._lease_seconds, "beat": self._beat}
-        return json.dumps(state, sort_keys=True).encode()
+        return json.dumps(self._own | {"beat": self._beat}, sort_keys=True).encode()
 
     def _keep(self) -> None:
         while not self._done.wait(self._lease_seconds / _BEATS_PER_LEASE):
@@ -113,8 +122,40 @@ class Claims:
         self._done.set()
         self._keeper.join()
         for shard, generation in self._held.items():
-            self._folder.write_if(_name(shard), json.dumps({"worker": None}).encode(), generation)
+            self._folder.delete_if(_name(shard), generation)
         self._held.clear()
+
+
+class Tenure:
+    """Which of the processes of one share goes on: the one that started last, by its name in ``workers/SHARE.json``.
+
+    Every process writes its name before it claims anything, and looks before each claim whether it still stands there.
+    Claims alone would keep the store right, but two processes could go on taking the same shards from each other.
+    """
+
+    def __init__(self, folder: Folder, worker: str, share: str) -> None:
+        self._folder, self._share, self._name = folder, share, f"workers/{share}.json"
+        self._own = json.dumps({"worker": worker}).encode()
+        folder.write(self._name, self._own)
+
+    def check(self) -> None:
+        """Raise ``Superseded`` where another process has started on this share since."""
+        found = self._folder.read(self._name)
+        if found != self._own:
+            other = "another process" if found is None else json.loads(found)["worker"]
+            raise Superseded(
+                f"{self._folder.uri}: {other} has started on the same share ({self._share}) and goes on with it; this "
+                "process stops, and nothing is lost"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no trace."""
+        found = self._folder.read_stamped(self._name)
+        if found.data == self._own:
+            self._folder.delete_if(self._name, found.generation)
 
 
 def _name(shard: int) -> str:

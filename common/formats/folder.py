@@ -22,7 +22,7 @@ import tensorstore as ts
 from jaxtyping import UInt8
 
 from saex_pipe.common.errors import InputError, SaexError
-from saex_pipe.common.formats.local_disk import can_write, make_folders, sync_folder, write_file
+from saex_pipe.common.formats.local_disk import can_write, file_version, make_folders, sync_folder, write_file
 
 _SCHEMES = ("gs://", "s3://")
 _REQUESTS = 64  # at once
@@ -109,16 +109,33 @@ class Folder:
         """Write object ``name`` whole: readers see the old bytes or the new, never a part."""
         self.write_pieces(name, [np.frombuffer(data, np.uint8)])
 
-    def write_pieces(self, name: str, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> None:
-        """Write object ``name`` whole from the bytes of ``pieces``; on a local disk they are not copied."""
+    def version(self, name: str) -> bytes:
+        """What tells ``write_pieces`` whether object ``name`` has changed since, which may be absent."""
+        local = self.local_path()
+        return file_version(local / name) if local is not None and can_write() else self.generation(name)
+
+    def write_pieces(self, name: str, pieces: Sequence[UInt8[np.ndarray, " bytes"]], over: bytes | None = None) -> bool:
+        """Write object ``name`` whole from the bytes of ``pieces``; on a local disk they are not copied.
+
+        With ``over`` only where it is still of that ``version``. An answer that was lost makes a repeated request fail
+        although the first one has succeeded: what is there counts as written where it is just that.
+
+        Returns:
+            Whether it was written, or another was there.
+        """
         local = self.local_path()
         try:
             if local is not None and can_write():
-                write_file(local / name, pieces)
-            else:
-                self.objects.write(name, b"".join(piece.data for piece in pieces)).result()
+                return write_file(local / name, pieces, over)
+            data = b"".join(piece.data for piece in pieces)
+            if over is None:
+                self.objects.write(name, data).result()
+                return True
+            if self.objects.write(name, data, if_equal=over).result().generation:
+                return True
         except (ValueError, OSError) as error:
             explain_storage_error(error, f"{self.uri}/{name}", "written")
+        return self.read(name) == data
 
     def make(self, name: str) -> None:
         """Make the sub-folder ``name``, durably, for others to write to; an object store has none to make."""

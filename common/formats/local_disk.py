@@ -52,11 +52,25 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def write_file(path: Path, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> None:
+def file_version(path: Path) -> bytes:
+    """What tells whether the file ``path`` has been replaced since, by one that takes its locks; none has one, too."""
+    found = _stat(path)
+    return b"" if found is None else f"{found.st_dev} {found.st_ino} {found.st_mtime_ns}".encode()
+
+
+def write_file(path: Path, pieces: Sequence[UInt8[np.ndarray, " bytes"]], over: bytes | None = None) -> bool:
     """Write ``pieces`` one after the other as the file ``path``, whole and durable.
 
     They go to ``path.__lock``, which takes the place of ``path`` once it is on the disk. Folders that are missing are
     made, and are on the disk with it.
+
+    Args:
+        path: of the file.
+        pieces: of its bytes.
+        over: the version of the file that may be replaced; None replaces whatever is there.
+
+    Returns:
+        Whether it was written: False where there is another version.
 
     Raises:
         OSError: as the system says it.
@@ -65,6 +79,9 @@ def write_file(path: Path, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> Non
     beside = path.with_name(f"{path.name}.__lock")
     file = _locked(beside)
     try:
+        if over is not None and file_version(path) != over:
+            beside.unlink()
+            return False
         os.ftruncate(file, 0)
         filled = [piece.data for piece in pieces if piece.nbytes]
         for start in range(0, len(filled), _PIECES):
@@ -78,6 +95,7 @@ def write_file(path: Path, pieces: Sequence[UInt8[np.ndarray, " bytes"]]) -> Non
         os.close(file)
     for folder in (path.parent, *grown):
         sync_folder(folder)
+    return True
 
 
 def stale_lock_bytes(path: Path, *, delete: bool) -> int | None:

@@ -32,10 +32,6 @@ class EncodedShard(NamedTuple):
     pieces: list[UInt8[np.ndarray, " bytes"]]
     checksums: UInt32[np.ndarray, " chunks"]
 
-    def joined(self) -> bytes:
-        """The object."""
-        return b"".join(piece.data for piece in self.pieces)
-
 
 class ChunkPlace(NamedTuple):
     """Where the bytes of a chunk with its checksum lie."""

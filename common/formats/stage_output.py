@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saex_pipe.common.config import StageConfig, canonical_digest
-from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.errors import InputError, SaexError, Superseded
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import (
     MANIFEST,
@@ -184,7 +184,7 @@ def beside(folder: Folder, role: str) -> Folder:
 
 def _is_worthless(output: StageOutput, error: BaseException) -> bool:
     """Whether a failed run left nothing to continue: bad input must not be in the way of good input later."""
-    if output.config.worker_name is not None:
+    if output.config.worker_name is not None or isinstance(error, Superseded):
         return False  # others may be at work in the folder
     try:
         names = output.folder.list()

@@ -1,8 +1,8 @@
 """What lies in the folder of an activation store that no reader needs and no run goes on from, found and deleted.
 
-An unfinished store has shards without a ledger entry, which somebody may be writing. Their claims tell: one that was
-given back, or that nobody has moved on for its lease, is nobody's. Shards without a claim may be those of a worker
-with a fixed share, which shows no life: they are debris only where the caller knows that none runs.
+An unfinished store has shards without a ledger entry, which somebody may be writing. Their claims tell: a shard that
+has none, or one that nobody has moved on for its lease, is nobody's. A stage that takes no claims shows no life: its
+unfinished shards are debris only where the caller knows that it does not run.
 
 Everything is deleted only while it is what was looked at, and a shard's objects while this process holds the claim,
 so that a worker that comes meanwhile loses nothing.
@@ -20,7 +20,7 @@ from saex_pipe.common.formats.followed_store import freed_below
 from saex_pipe.common.formats.store_info import StoreInfo
 
 _ARRAYS = ("acts/", "scales/", "keep/", "tokens/")
-_WORK = ("claims/", "parts/", "readers/")  # of no use once the store is finished
+_WORK = ("claims/", "parts/", "readers/", "workers/")  # of no use once the store is finished
 _LEASE_SECONDS = 120.0  # far more than the few objects of one shard take to delete
 
 
@@ -42,10 +42,10 @@ class Debris(NamedTuple):
     @property
     def pieces(self) -> list[Piece]:
         """All that can go."""
-        return [*self.free, *(piece for pieces in self.claimed.values() for piece in pieces)]
+        return [*self.free, *(piece for pieces in self.claimed.values() for piece in pieces if piece.bytes)]
 
 
-def find_debris(folder: Folder, info: StoreInfo, *, finished: bool, stopped: bool) -> Debris:
+def find_debris(folder: Folder, info: StoreInfo, *, finished: bool, stopped: bool, claiming: bool) -> Debris:
     """What in ``folder`` can go; where claims have a holder, it takes their lease to tell.
 
     Args:
@@ -53,6 +53,7 @@ def find_debris(folder: Folder, info: StoreInfo, *, finished: bool, stopped: boo
         info: what the store is made of.
         finished: whether it has its manifest.
         stopped: whether no worker runs any more, whatever the claims say.
+        claiming: whether its stage writes no shard without a claim.
     """
     names, by_shard = _unneeded(folder, info, finished)
     free = _look(folder, names)
@@ -67,6 +68,9 @@ def find_debris(folder: Folder, info: StoreInfo, *, finished: bool, stopped: boo
             continue
         if shard in idle:
             claimed[shard] += pieces
+        elif claiming and shard not in claims:
+            name = f"claims/{shard:06d}.json"
+            claimed[shard] = [Piece(name, folder.generation(name), 0), *pieces]  # taken while they are deleted
         elif stopped and shard not in claims:
             free += pieces
         else:
@@ -131,5 +135,5 @@ def delete_debris(folder: Folder, debris: Debris) -> Iterator[Piece]:
         if held is None:
             continue
         yield from (piece for piece in objects if folder.delete_if(piece.name, piece.generation))
-        if folder.delete_if(claim.name, held):
+        if folder.delete_if(claim.name, held) and claim.bytes:
             yield claim

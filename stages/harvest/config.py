@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal, Self
 import pydantic
 
 from saex_pipe.common.config import Resource, StageConfig, Upstream, setting
+from saex_pipe.common.worker import Share, read_share
 
-# Of this process among elastic workers: no other has it, and it says where to look.
-_NAME = f"{platform.node()}-{uuid.uuid4().hex[:12]}"
+PROCESS = f"{platform.node()}-{uuid.uuid4().hex[:12]}"  # no other has this name, and it says where to look
 
 
 class Config(StageConfig):
@@ -83,8 +83,13 @@ class Config(StageConfig):
     def worker_name(self) -> str | None:
         """Name of this process among several that write one store."""
         if self.elastic:
-            return _NAME
-        return None if self.worker is None else self.worker.replace("/", "-of-")
+            return PROCESS
+        return None if self.worker is None else self.share.name
+
+    @property
+    def share(self) -> Share:
+        """The part of the shards that this process makes, where it is fixed."""
+        return Share(0, 1) if self.worker is None else read_share(self.worker)
 
     def alone(self) -> Self:
         """The same store made by one process that shares it with no other and waits for no reader."""

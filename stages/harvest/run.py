@@ -28,14 +28,13 @@ from saex_pipe.common.llm.load import load_model, read_architecture
 from saex_pipe.common.mesh import check_batch, make_mesh
 from saex_pipe.common.metrics_log import MetricsLog, Progress, progress
 from saex_pipe.common.preemption import StopRequest, graceful_stop
-from saex_pipe.common.worker import Share, read_share
 from saex_pipe.stages.harvest.calibration import Calibration, calibrate, row_policy
-from saex_pipe.stages.harvest.config import Config
+from saex_pipe.stages.harvest.config import PROCESS, Config
 from saex_pipe.stages.harvest.forward import Forward, compile_forward
 from saex_pipe.stages.harvest.overlap import DeviceClock, Passes, ahead
 from saex_pipe.stages.harvest.shard import Batch, Shard
 from saex_pipe.stages.harvest.stored import stored_dtypes
-from saex_pipe.stages.harvest.work import ElasticWork, Work
+from saex_pipe.stages.harvest.work import Work
 
 # What is under way while the device computes, and so how much memory it takes: the tokens of one shard beyond the
 # one in hand; two passes beyond the one whose result is awaited; and the activations of ``writers`` shards that are
@@ -64,10 +63,15 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         info = _store_info(config, corpus, architecture, dtypes, calibration)
         writer = ActivationWriter(output.folder, info)
         room = None if config.max_store_bytes is None else Room(output.folder, info, config.max_store_bytes)
-        share = Share(0, 1) if config.worker is None else read_share(config.worker)
-        work = Work(output, writer, share, room, stop)
-        if config.worker_name is not None and config.elastic:
-            work = ElasticWork(output, writer, config.worker_name, config.lease_seconds, room, stop)
+        work = Work(
+            output,
+            writer,
+            worker=PROCESS,
+            share=None if config.elastic else config.share,
+            lease_seconds=config.lease_seconds,
+            room=room,
+            stop=stop,
+        )
         timings = _harvest(config, corpus, forward, writer, work, output.metrics, stop)
         work.raise_if_shared()
         contents = finish_contents(output.folder, info, output.ledger())
@@ -146,7 +150,7 @@ def _write(writer: ActivationWriter, work: Work, shard: Shard) -> None:
     told = shard.tokens_NL, shard.padding_NL, shard.norms
     keep_NL, outliers = writer.info.row_policy.keep(*told), writer.info.row_policy.outliers(*told)
 
-    def write(over: Mapping[str, bytes] | None) -> dict[str, Any]:
+    def write(over: Mapping[str, bytes]) -> dict[str, Any]:
         return writer.write_shard(shard.windows, shard.tokens_NL, keep_NL, shard.acts, outliers=outliers, over=over)
 
     work.write(shard.number, write)

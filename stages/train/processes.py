@@ -95,5 +95,6 @@ def _onlooker(config: Config) -> Iterator[StageOutput]:
 class _ReadOnly(Folder):
     """A folder in which another process writes."""
 
-    def write_pieces(self, name: str, pieces: Sequence[Any]) -> None:
+    def write_pieces(self, name: str, pieces: Sequence[Any], over: bytes | None = None) -> bool:
         """Write nothing."""
+        return False

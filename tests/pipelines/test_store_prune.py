@@ -43,8 +43,12 @@ def gone(store, before):
 
 @pytest.fixture
 def store(tmp_path):
-    """Shards 0 and 1 are finished; 2 and 3 were begun and have no ledger entry; 4 and 5 have nothing."""
+    """Shards 0 and 1 are finished; 2 and 3 were begun and have no ledger entry; 4 and 5 have nothing.
+
+    Its stage takes no claims, unless a test says another.
+    """
     store = SmallStore(tmp_path / "store").start().write(0, 1, 2, 3)
+    store.folder.write("started.json", b'{"stage": "toy"}')
     for shard in (2, 3):
         store.folder.delete(f"ledger/{shard:06d}.json")
     return store
@@ -64,7 +68,22 @@ def test_a_finished_store_keeps_what_it_is_made_of(tmp_path, capsys):
     assert everything(store.folder) == before
 
 
-def test_shards_without_a_claim_go_only_where_no_worker_runs(store, capsys):
+def test_shards_without_a_claim_go(store, capsys):
+    store.folder.write("started.json", b'{"stage": "harvest"}')
+    before = everything(store.folder)
+    unfinished = sorted(objects(store, 2) + objects(store, 3))
+    size = sum(len(before[name]) for name in unfinished)
+    prune(store)
+    assert f"6 objects of {size:,} bytes; nothing is deleted without --yes" in capsys.readouterr().out
+    assert everything(store.folder) == before
+    prune(store, "--yes")
+    assert f"6 objects of {size:,} bytes\n" in capsys.readouterr().out
+    assert gone(store, before) == unfinished
+    store.write(2, 3, 4, 5).finish()
+    np.testing.assert_array_equal(ActivationStore(store.uri).acts("a", range(24)), store.acts_NLD)
+
+
+def test_shards_of_a_stage_without_claims_go_only_where_it_does_not_run(store, capsys):
     before = everything(store.folder)
     unfinished = sorted(objects(store, 2) + objects(store, 3))
     size = sum(len(before[name]) for name in unfinished)
@@ -83,17 +102,14 @@ def test_shards_without_a_claim_go_only_where_no_worker_runs(store, capsys):
     np.testing.assert_array_equal(ActivationStore(store.uri).acts("a", range(24)), store.acts_NLD)
 
 
-def test_what_a_live_claim_covers_stays_and_what_an_expired_or_returned_one_covers_goes(store, capsys):
+def test_what_a_live_claim_covers_stays_and_what_an_expired_one_covers_goes(store, capsys):
     dead = Claims(Folder(store.uri), "dead", LEASE)
     assert dead.claim(2)
-    returned = Claims(Folder(store.uri), "returned", LEASE)
-    with returned:
-        assert returned.claim(4)
     with Claims(Folder(store.uri), "alive", LEASE) as alive:
         assert alive.claim(3)
         before = store.folder.list()
         prune(store, "--yes")
-        assert gone(store, before) == sorted([*objects(store, 2), "claims/000002.json", "claims/000004.json"])
+        assert gone(store, before) == sorted([*objects(store, 2), "claims/000002.json"])
         said = capsys.readouterr()
         assert "kept 3 objects of" in said.out
         assert said.err == "watching 2 claims for their lease of 1 s\n"
@@ -147,7 +163,7 @@ def test_a_shard_that_is_finished_while_claims_are_watched_is_not_called_unfinis
 
 
 def test_an_object_that_is_written_again_before_it_is_deleted_stays(store):
-    debris = store_debris.find_debris(store.folder, store.info, finished=False, stopped=True)
+    debris = store_debris.find_debris(store.folder, store.info, finished=False, stopped=True, claiming=True)
     store.write(2)
     names = [piece.name for piece in store_debris.delete_debris(store.folder, debris)]
     assert sorted(names) == sorted(objects(store, 3))

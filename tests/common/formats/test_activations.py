@@ -137,8 +137,8 @@ def test_a_writer_that_was_overtaken_writes_nothing_more(tmp_path):
     first, late = ActivationWriter(folder, info), ActivationWriter(folder, info)
     windows, part = range(8, 16), slice(8, 16)
     own = {tap: values[part] for tap, values in acts.items()}
-    before = late.generations(windows)
-    first.write_shard(windows, tokens_NL[part], keep_NL[part], own, over=first.generations(windows))
+    before = late.versions(windows)
+    first.write_shard(windows, tokens_NL[part], keep_NL[part], own, over=first.versions(windows))
     names = [layout.shard_object(1) for layout in info.layouts().values()]
     there = {name: folder.read(name) for name in names}
     other = {tap: values + 1 for tap, values in own.items()}

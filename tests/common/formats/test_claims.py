@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from saex_pipe.common.errors import SaexError
+from saex_pipe.common.errors import SaexError, Superseded
 from saex_pipe.common.formats import claims as module
-from saex_pipe.common.formats.claims import Claims
+from saex_pipe.common.formats.claims import Claims, Tenure
 from saex_pipe.common.formats.folder import Folder
 
 LEASE = 10.0
@@ -182,6 +182,35 @@ def test_an_answer_that_is_lost_is_made_out(folder, clock, monkeypatch):
     assert a.holds(0)
     assert a.commit(0, {"by": "a"})
     assert not worker(folder, "b").claim(0)
+
+
+def test_claims_of_the_same_share_are_taken_over_at_once_and_no_others(folder, clock):
+    first, second = (Claims(folder, name, LEASE, "0-of-2") for name in ("first", "second"))
+    other, elastic = Claims(folder, "other", LEASE, "1-of-2"), Claims(folder, "elastic", LEASE)
+    assert first.claim(0)
+    assert not other.claim(0)
+    assert not elastic.claim(0)
+    assert second.claim(0)
+    assert not first.confirm(0)
+    assert not first.commit(0, {"by": "first"})
+    assert second.commit(0, {"by": "second"})
+    assert ledger(folder) == {"ledger/000000.json": {"by": "second"}}
+    assert not first.claim(0)
+    assert elastic.claim(1)
+    assert not first.claim(1)
+
+
+def test_of_two_processes_of_one_share_the_one_that_started_last_goes_on(folder):
+    with Tenure(folder, "first", "0-of-2") as first, Tenure(folder, "neighbour", "1-of-2") as neighbour:
+        first.check()
+        with Tenure(folder, "second", "0-of-2") as second:
+            second.check()
+            neighbour.check()
+            with pytest.raises(Superseded, match=r"second has started on .* \(0-of-2\) and goes on"):
+                first.check()
+        with pytest.raises(Superseded, match="another process has started"):
+            first.check()
+    assert folder.list("workers/") == []
 
 
 def test_threads_that_race_win_every_shard_once(local):

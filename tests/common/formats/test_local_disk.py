@@ -7,13 +7,15 @@ import struct
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 
 from saex_pipe.common.formats import local_disk
 from saex_pipe.common.formats.folder import Folder
-from saex_pipe.common.formats.local_disk import DiskReads, write_file
+from saex_pipe.common.formats.local_disk import DiskReads, file_version, write_file
 
 PIECES = [np.full(3, number % 256, np.uint8) for number in range(1500)]  # more than one call takes
 DATA = b"".join(map(bytes, PIECES))
@@ -53,6 +55,31 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_file(tmp_path / "file", PIECES)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [DATA[:3]]
+
+
+def test_a_file_is_replaced_only_where_it_is_the_version_that_may_be(tmp_path):
+    path = tmp_path / "deep" / "file"
+    absent = file_version(path)
+    assert write_file(path, PIECES[:1], over=absent)
+    first = file_version(path)
+    assert not write_file(path, PIECES, over=absent)
+    assert write_file(path, PIECES[:2], over=first)
+    assert not write_file(path, PIECES, over=first)
+    assert path.read_bytes() == DATA[:6]
+    assert [name.name for name in path.parent.iterdir()] == ["file"], "a refused write leaves no lock"
+    path.unlink()
+    assert not write_file(path, PIECES, over=first)
+    assert write_file(path, PIECES[:1], over=absent)
+
+
+def test_of_writers_that_have_seen_the_same_version_one_replaces_it(tmp_path):
+    path = tmp_path / "file"
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            write = partial(write_file, path, over=file_version(path))
+            won = list(threads.map(write, ([piece] for piece in PIECES[:4])))
+            assert sum(won) == 1
+            assert path.read_bytes() == bytes(PIECES[won.index(True)])
 
 
 def test_a_file_is_on_the_disk_before_its_name_and_then_the_names_of_its_folders(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_a_shard_that_another_has_written_is_left_alone(folder):
     store = SmallStore(folder.uri).start()
     windows = store.shards[1]
     part = slice(windows.start, windows.stop)
-    before = store.writer.generations(windows)
+    before = store.writer.versions(windows)
     store.write(1)
     arguments = windows, store.tokens_NL[part], store.keep_NL[part], {"a": store.acts_NLD[part] + 1}
     with pytest.raises(Overtaken):
@@ -191,12 +191,12 @@ def test_a_conditional_shard_survives_requests_that_fail(remote, fault):
     store = SmallStore(folder.uri).start()
     windows = store.shards[0]
     part = slice(windows.start, windows.stop)
-    before = store.writer.generations(windows)
+    before = store.writer.versions(windows)
     server.faults.append(times(2, FAULTS[fault], upload))
     arguments = windows, store.tokens_NL[part], store.keep_NL[part], {"a": store.acts_NLD[part]}
     entry = store.writer.write_shard(*arguments, over=before)
     assert entry["windows"] == [windows.start, windows.stop]
-    after = store.writer.generations(windows)
+    after = store.writer.versions(windows)
     assert all(after[name] != before[name] for name in before), "what a lost answer hid has been written"
     with pytest.raises(Overtaken):  # others come too late; the same bytes once more would be one's own lost answer
         store.writer.write_shard(*arguments[:3], {"a": -store.acts_NLD[part]}, over=before)

@@ -15,19 +15,20 @@ import pytest
 import tiny_run
 from small_store import SmallStore
 
-from saex_pipe.common.errors import InputError, ShareDone
+from saex_pipe.common.errors import InputError, ShareDone, Superseded
 from saex_pipe.common.formats import claims
 from saex_pipe.common.formats.activations import ActivationStore, ActivationWriter
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.followed_store import freed_below, release_shards
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.preemption import StopRequest
+from saex_pipe.common.worker import Share
 from saex_pipe.stages.corpus import run as corpus
 from saex_pipe.stages.corpus.config import Config as CorpusConfig
 from saex_pipe.stages.harvest import run as harvest
 from saex_pipe.stages.harvest import work as work_module
 from saex_pipe.stages.harvest.config import Config
-from saex_pipe.stages.harvest.work import ElasticWork
+from saex_pipe.stages.harvest.work import Work
 
 WINDOWS = 80
 SETTINGS = {
@@ -210,9 +211,10 @@ def test_workers_whose_clocks_are_an_hour_apart_make_every_shard_once(inputs, wh
 class Watched(SmallStore):
     """A store with two elastic workers, whose claims last as long as the test says."""
 
-    def worker(self, name, lease):
+    def worker(self, name, lease, share=None):
         output = type("Output", (), {"folder": self.folder, "finished_shards": self.finished})()
-        return ElasticWork(output, ActivationWriter(self.folder, self.info), name, lease, None, StopRequest())
+        writer, stop = ActivationWriter(self.folder, self.info), StopRequest()
+        return Work(output, writer, worker=name, share=share, lease_seconds=lease, room=None, stop=stop)
 
     def finished(self):
         return {int(name[7:13]) for name in self.folder.list("ledger/")}
@@ -259,6 +261,78 @@ def test_a_successor_writes_over_what_a_late_writer_left(folder):
     store.ledger[0] = json.loads(store.folder.read("ledger/000000.json"))
     found = ActivationStore(store.finish().uri).acts("a", range(4))
     np.testing.assert_array_equal(found, store.acts_NLD)
+
+
+def test_of_two_processes_of_one_share_only_the_later_one_is_believed(folder):
+    store = Watched(folder.uri, windows=12).start()
+    old = store.worker("old", 1000.0, Share(0, 1))
+    shards = old.round()
+    assert [next(shards), next(shards)] == [0, 1]
+    store.write_by(old, 0, shift=0)
+
+    def meanwhile():  # the machine that was thought to be gone comes back to a shard that it was about to write
+        new = store.worker("new", 1000.0, Share(0, 1))
+        assert list(new.round()) == [1, 2], "at once, not after the lease"
+        for shard in (1, 2):
+            store.write_by(new, shard, shift=0)
+
+    store.write_by(old, 1, shift=1, before=meanwhile)
+    with pytest.raises(Superseded, match="new has started on the same share"):
+        next(shards)
+    assert store.finished() == {0, 1, 2}
+    store.ledger = {shard: json.loads(store.folder.read(f"ledger/{shard:06d}.json")) for shard in range(3)}
+    np.testing.assert_array_equal(ActivationStore(store.finish().uri).acts("a", range(12)), store.acts_NLD)
+
+
+@pytest.mark.parametrize("worker", [None, "0/1"])
+def test_what_follows_a_killed_process_waits_for_no_lease(inputs, whole, tmp_path, monkeypatch, worker):
+    settings = inputs | SETTINGS | {"out": str(tmp_path / "a"), "worker": worker, "lease_seconds": 1000.0}
+    doomed = [sys.executable, "-c", SCRIPT, json.dumps(settings), "2"]
+    assert subprocess.run(doomed, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=60).returncode == -signal.SIGKILL
+    held = [path for path in (tmp_path / "a" / "claims").glob("*.json") if "worker" in json.loads(path.read_text())]
+    assert held, "it died with claims in its hands"
+
+    def sleep(_):
+        raise AssertionError("waited for a process that is dead")
+
+    monkeypatch.setattr(work_module.time, "sleep", sleep)
+    run(inputs, tmp_path / "a", worker=worker)
+    check_same(tmp_path / "a", whole)
+    assert list((tmp_path / "a" / "workers").iterdir()) == []
+
+
+SLOW = """
+import time
+write_slowly, activations.ActivationWriter.write_shard = activations.ActivationWriter.write_shard, (
+    lambda *given, **conditions: (time.sleep(0.5), write_slowly(*given, **conditions))[1]
+)
+"""
+
+
+def test_the_same_command_started_twice_goes_on_in_the_second_and_ends_the_first(inputs, whole, tmp_path):
+    out = tmp_path / "a"
+    settings = json.dumps(inputs | SETTINGS | {"out": str(out)})
+    slow = SCRIPT.replace("run.run(", SLOW + "run.run(")
+    pipes = {"env": os.environ | {"JAX_PLATFORMS": "cpu"}, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", slow, settings, "-1"], **pipes)
+    deadline = time.monotonic() + 60
+    while not list((out / "ledger").glob("*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second = subprocess.Popen([sys.executable, "-c", SCRIPT, settings, "-1"], **pipes)
+    said = [process.communicate(timeout=60)[1] for process in (first, second)]
+    assert second.returncode == 0, said[1]
+    assert first.returncode != 0
+    assert "has started on the same share (0-of-1) and goes on with it" in said[0]
+    check_same(out, whole)
+
+
+def test_workers_of_a_job_keep_logs_of_their_own(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    monkeypatch.setenv("JOB_COMPLETIONS", "3")
+    with pytest.raises(ShareDone):
+        run(inputs, tmp_path / "a", worker="auto")
+    assert [path.name for path in (tmp_path / "a").glob("metrics*")] == ["metrics-1-of-3.jsonl"]
 
 
 def test_a_harvest_waits_until_its_follower_has_freed_room(inputs, whole, tmp_path, monkeypatch):
