@@ -1,10 +1,34 @@
-"""Several processes of one computation, on loopback."""
+"""Processes that tests start: several of one computation on loopback, and commands that are there at once."""
 
 import json
+import multiprocessing
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+# Commands are forked from one process that has imported everything and computed nothing.
+_FORKS = multiprocessing.get_context("forkserver")
+_STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
+_PRELOAD = ("pytest", "orbax.checkpoint", "transformers", "saex_pipe.pipelines.console")
+_CHILD = """
+import os
+for stream, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(f"{output}.{{name}}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+from saex_pipe.pipelines.cli import main
+main({arguments})
+"""
+
+
+def fork_command(arguments: list[str], output: Path, before: str = "") -> multiprocessing.Process:
+    """Start ``saex-pipe ARGUMENTS``; what it prints goes to ``output.stdout`` and ``output.stderr``.
+
+    ``before`` is Python that the process runs first.
+    """
+    _FORKS.set_forkserver_preload([*_PRELOAD, *(f"saex_pipe.stages.{stage}.run" for stage in _STAGES)])
+    process = _FORKS.Process(target=exec, args=(before + _CHILD.format(output=output, arguments=arguments), {}))
+    process.start()
+    return process
 
 
 def run_processes(script: str, count: int, folder: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Killed at any moment, in any stage, a run is finished by the next one, to the same bytes, nothing done twice."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -12,22 +11,12 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from processes import fork_command
 
-# The child processes are forked from one process that has imported everything and computed nothing.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_STAGES = ("corpus", "toy", "harvest", "train", "evaluate", "cache", "view")
-_PRELOAD = ("pytest", "orbax.checkpoint", "transformers", "saex_pipe.pipelines.console")
 _FOLDERS = {
     "tiny": ("corpus", "activations", "sae", "scores", "cache", "page"),
     "toy": ("activations", "sae", "scores"),
 }
-_CHILD = """
-import os
-for stream, name in ((1, "stdout"), (2, "stderr")):
-    os.dup2(os.open(f"{folder}/{{name}}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-from saex_pipe.pipelines.cli import main
-main({arguments})
-"""
 
 
 class Chain:
@@ -54,10 +43,7 @@ class Chain:
         return _FOLDERS[self.name]
 
     def start(self, *more, before=""):
-        script = before + _CHILD.format(folder=self.folder, arguments=[*self.arguments, *more])
-        process = _PROCESSES.Process(target=exec, args=(script, {}))
-        process.start()
-        return process
+        return fork_command([*self.arguments, *more], self.folder / "said", before)
 
     def run(self, *more):
         process = self.start(*more)
@@ -74,7 +60,7 @@ class Chain:
         return process
 
     def stderr(self):
-        return (self.folder / "stderr").read_text()
+        return (self.folder / "said.stderr").read_text()
 
 
 def stamp(path):
@@ -114,11 +100,6 @@ def check_result(chain, note):
     result = contents(chain.out)
     assert sorted(result) == sorted(chain.result), note
     assert [name for name in result if result[name] != chain.result[name]] == [], note
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _preload():
-    _PROCESSES.set_forkserver_preload([*_PRELOAD, *(f"saex_pipe.stages.{stage}.run" for stage in _STAGES)])
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +176,12 @@ from saex_pipe.common.formats.folder import Folder
 written = set(open({written!r}).read().splitlines())
 def dying(write, name_of):
     def write_and_die(*arguments, **options):
-        write(*arguments, **options)
+        found = write(*arguments, **options)
         if (name := name_of(*arguments)) not in written:
             with open({written!r}, "a") as file:
                 print(name, file=file)
             os.kill(os.getpid(), signal.SIGKILL)
+        return found
     return write_and_die
 from saex_pipe.common.formats import activations
 start = activations._Writes.start
@@ -208,6 +190,9 @@ def write_object(writes, name, shard):
     writes._finish[-1]()
 activations._Writes.start = dying(write_object, lambda writes, name, shard: writes._folder.uri + "/" + name)
 Folder.write = dying(Folder.write, lambda folder, name, data: folder.uri + "/" + name)
+def claim_of(folder, name, data, _):
+    return f"{{folder.uri}}/{{name}}, {{'finished' if b'finished' in data else 'held'}}"
+Folder.write_if = dying(Folder.write_if, claim_of)
 for module in [module for name, module in sys.modules.items() if name.startswith("saex_pipe.")]:
     if hasattr(module, "write_windows"):
         module.write_windows = dying(module.write_windows, lambda array, windows, _: array.kvstore.url + str(windows))
