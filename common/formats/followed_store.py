@@ -1,7 +1,7 @@
 """An activation store that is still being written, read in the order of its shards.
 
 ``store.json``        what the store is made of, written before its first shard
-``room.json``         how many bytes its writers may fill; not there where they do not wait for readers
+``room.json``         how many bytes its writers may fill, and how many at first; not there where they never wait
 ``readers/ID.json``   up to which shard a reader has got, its results saved: it will not ask for earlier ones again
 ``freed.json``        below which shard the data are gone, because every reader has got beyond
 
@@ -34,11 +34,13 @@ _POLL_SECONDS = 1.0
 class FollowedStore(ChunkReads):
     """A store of which the finished shards are read, in the order of their numbers.
 
-    ``tranche_shards`` are waited for and mixed together, None for as many as ``pool_bytes`` holds. ``check_stop`` is
+    So many shards are waited for and mixed together as ``tranche_shards`` says, given the store. ``check_stop`` is
     called while shards are waited for, and may raise.
     """
 
-    def __init__(self, uri: str, tranche_shards: int | None, pool_bytes: int, check_stop: Callable[[], None]) -> None:
+    def __init__(
+        self, uri: str, tranche_shards: "Callable[[FollowedStore], int]", check_stop: Callable[[], None]
+    ) -> None:
         self.uri = uri
         self.rows = None  # nobody knows yet
         self._folder = Folder(uri)
@@ -46,13 +48,24 @@ class FollowedStore(ChunkReads):
         self._wait_for(lambda: self._folder.read(STORE) is not None)
         self.info = StoreInfo.from_json(json.loads(self._folder.read(STORE) or b"{}"))
         self.digest = canonical_digest(json.loads(self._folder.read(STARTED) or b"{}"))
-        self._tranche_shards = tranche_shards or max(1, pool_bytes // self.info.shard_bytes)
         self._shards = len(self.info.tiling.shards(self.info.windows))
+        self._tranche_shards = min(tranche_shards(self), self._shards)
         self._tranches = -(-self._shards // self._tranche_shards)
         self._entries: dict[int, dict[str, Any]] = {}  # by shard; checksums decoded
         self._ready: dict[int, tuple[int, np.ndarray]] = {}  # by tranche
         self._looked: dict[int, float] = {}  # when a tranche was last found wanting: buckets charge for every look
         super().__init__(self._folder, self.info, self._checksum_of)
+
+    @property
+    def room_shards(self) -> int | None:
+        """How many shards there may be at a time, by what the store was begun with; None where none are freed."""
+        data = self._folder.read(_ROOM)
+        return None if data is None else int(json.loads(data)["first_bytes"]) // self.info.shard_bytes
+
+    @property
+    def tranche_rows(self) -> int:
+        """How many rows a tranche may have."""
+        return self._tranche_shards * self.info.tiling.shard_windows * self.info.window_length
 
     def require_tap(self, tap: str) -> int:
         """The width of ``tap``; an InputError names the taps the store has."""
@@ -133,7 +146,10 @@ class FollowedStore(ChunkReads):
 
 
 class Room:
-    """The room that a store with ``max_bytes`` leaves to its writers, and what its readers give back."""
+    """The room that a store with ``max_bytes`` leaves to its writers, and what its readers give back.
+
+    Readers mix as many shards as there was room for at first, so that it may grow, but not shrink.
+    """
 
     def __init__(self, folder: Folder, info: StoreInfo, max_bytes: int) -> None:
         self._folder = folder
@@ -143,7 +159,15 @@ class Room:
                 f"harvest.max_store_bytes = {max_bytes:,} does not hold two shards",
                 "raise it, or set harvest.shard_windows lower",
             )
-        folder.write(_ROOM, json.dumps({"max_bytes": max_bytes}).encode())
+        found = folder.read(_ROOM)
+        first = max_bytes if found is None else int(json.loads(found)["first_bytes"])
+        if max_bytes < first:
+            raise InputError(
+                f"harvest.max_store_bytes = {max_bytes:,}, and {folder.uri} was begun with {first:,}, which its "
+                "followers may need",
+                f"set it to {first:,} or more",
+            )
+        folder.write(_ROOM, json.dumps({"max_bytes": max_bytes, "first_bytes": first}).encode())
 
     def has(self, shard: int) -> bool:
         """Whether there is room for ``shard``."""

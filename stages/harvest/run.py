@@ -61,8 +61,9 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         forward = compile_forward(model, given_dtypes(dtypes), shape=shape, mesh=mesh)
         calibration = calibrate(config, corpus, dtypes, forward, output.folder)
         info = _store_info(config, corpus, architecture, dtypes, calibration)
-        writer = ActivationWriter(output.folder, info)
+        # Before the store is there to be followed: its readers ask what room there is.
         room = None if config.max_store_bytes is None else Room(output.folder, info, config.max_store_bytes)
+        writer = ActivationWriter(output.folder, info)
         work = Work(
             output,
             writer,

@@ -28,7 +28,10 @@ class Config(VariantSettings, StartSettings, OptimiserSettings, ResampleSettings
         False, unit="", meaning="start while the store is still being written, and read its shards as they are finished"
     )
     tranche_shards: int | None = setting(
-        None, unit="shards", meaning="with follow: shards that are mixed together; unset: what pool_bytes holds", ge=1
+        None,
+        unit="shards",
+        meaning="with follow: shards mixed together; unset: as many as mix well, or as pool_bytes holds",
+        ge=1,
     )
     tap: str | None = setting(None, unit="name", meaning="activation to encode; unset: the store's only one")
     target_tap: str | None = setting(None, unit="name", meaning="activation to predict: trains a transcoder")

@@ -1,5 +1,6 @@
 """Where the rows of a training run come from: one store, several mixed, or one that is still being written."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -11,7 +12,7 @@ from saex_pipe.common.formats.activations import ActivationStore
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.followed_store import FollowedStore, frees_shards, release_shards
 from saex_pipe.common.formats.mixed_stores import MixedReader, MixedStores
-from saex_pipe.common.formats.row_reader import READ_AHEAD_FACTOR, RowReader
+from saex_pipe.common.formats.row_reader import LANES, READ_AHEAD_FACTOR, RowReader
 from saex_pipe.common.formats.store_info import StoreInfo
 from saex_pipe.common.llm.taps import matching
 from saex_pipe.common.preemption import StopRequest
@@ -48,8 +49,7 @@ def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, Sides]:
                 "train.resample_every_rows reads ahead, and with train.follow those rows may not be there yet",
                 "unset one of the two",
             )
-        held = config.pool_bytes or _SMALLEST_POOL
-        followed = FollowedStore(config.store, config.tranche_shards, held, stop.raise_if_requested)
+        followed = FollowedStore(config.store, lambda store: _tranche_shards(config, store), stop.raise_if_requested)
         return followed, _sides(config, followed)
     store = ActivationStore(config.store)
     sides = _sides(config, store)
@@ -61,11 +61,21 @@ def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, Sides]:
 
 def make_reader(config: Config, store: Rows, taps: tuple[str, ...]) -> Reader:
     """Batches of these rows."""
-    pool_bytes = config.pool_bytes or default_pool_bytes(config.batch_rows, store.info, taps)
-    settings = {"seed": config.seed, "batch_rows": config.batch_rows, "pool_bytes": pool_bytes}
+    settings = {"seed": config.seed, "batch_rows": config.batch_rows, "pool_bytes": pool_bytes(config, store, taps)}
     if isinstance(store, MixedStores):
         return MixedReader(store, taps, **settings)
     return RowReader(store, taps, **settings)
+
+
+def pool_bytes(config: Config, store: Rows, taps: Sequence[str]) -> int:
+    """Memory for rows: what is set, or the default; then of a followed store all of a tranche is in one pool a lane."""
+    if config.pool_bytes is not None:
+        return config.pool_bytes
+    found = default_pool_bytes(config.batch_rows, store.info, taps)
+    if not isinstance(store, FollowedStore):
+        return found
+    row_bytes = sum(map(store.info.row_bytes, taps))
+    return max(found, math.ceil((store.tranche_rows + LANES) * row_bytes * READ_AHEAD_FACTOR))
 
 
 def default_pool_bytes(batch_rows: int, info: StoreInfo, taps: Sequence[str]) -> int:
@@ -78,6 +88,29 @@ def default_pool_bytes(batch_rows: int, info: StoreInfo, taps: Sequence[str]) ->
     row_bytes = sum(map(info.row_bytes, taps))
     rows = batch_rows * info.window_length / MOST_MATES
     return int(min(max(rows * row_bytes * READ_AHEAD_FACTOR, _SMALLEST_POOL), _LARGEST_POOL))
+
+
+def _tranche_shards(config: Config, store: FollowedStore) -> int:
+    """How many shards of a followed store are mixed together: as many as meet the bound of ``default_pool_bytes``.
+
+    Where there is room for fewer, half of those, so that some are written while others are read.
+    """
+    room = store.room_shards
+    if config.tranche_shards is not None:
+        if room is not None and config.tranche_shards > room:
+            raise InputError(
+                f"train.tranche_shards = {config.tranche_shards}, but {config.store} holds {room} shards at a time "
+                "(harvest.max_store_bytes)",
+                f"set it to {max(room // 2, 1)} or less",
+            )
+        return config.tranche_shards
+    info, taps = store.info, _sides(config, store).taps
+    pool_rows = _LARGEST_POOL if config.pool_bytes is None else config.pool_bytes
+    pool_rows = int(pool_rows / READ_AHEAD_FACTOR / sum(map(info.row_bytes, taps)))
+    wanted = pool_rows / (info.tiling.shard_windows * info.window_length)
+    if config.pool_bytes is None:
+        wanted = min(wanted, math.ceil(config.batch_rows / MOST_MATES / info.tiling.shard_windows))
+    return max(1, int(wanted if room is None else min(wanted, room // 2)))
 
 
 def joined(batch: Mapping[str, np.ndarray], taps: Sequence[str]) -> Float[np.ndarray, "B D"]:

@@ -178,7 +178,7 @@ def test_a_freed_store_keeps_what_followers_need_and_loses_what_they_have_freed(
     prune(store, "--yes")
     assert "1 objects of 5 bytes\n" in capsys.readouterr().out
     assert gone(store, before) == [left]
-    followed = FollowedStore(store.uri, 1, 10**6, lambda: None)
+    followed = FollowedStore(store.uri, lambda _: 1, lambda: None)
     assert followed.is_ready(1)
     np.testing.assert_array_equal(followed.acts("a", range(4, 8)), store.acts_NLD[4:8])
     store.write(2, 3, 4, 5).finish()

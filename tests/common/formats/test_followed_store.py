@@ -21,7 +21,7 @@ def impatient(monkeypatch):
 
 
 def follow(uri, tranche_shards=2, check_stop=lambda: None):
-    return FollowedStore(uri, tranche_shards, 1 << 20, check_stop)
+    return FollowedStore(uri, lambda _: tranche_shards, check_stop)
 
 
 def read(store, steps, pool_bytes=1 << 16, first=0):
@@ -129,5 +129,10 @@ def test_a_store_has_room_for_so_many_shards_beyond_the_freed_ones(tmp_path):
     assert [room.has(shard) for shard in range(5)] == [True, True, True, False, False]
     store.folder.write("freed.json", json.dumps({"below": 1}).encode())
     assert [room.has(shard) for shard in range(5)] == [True, True, True, True, False]
+    assert follow(store.uri).room_shards == 3
+    Room(store.folder, store.info, 4 * store.info.shard_bytes)
+    assert follow(store.uri).room_shards == 3, "what followers have begun with"
+    with pytest.raises(InputError, match=r"begun with .*, which its followers may need; set it to .* or more"):
+        Room(store.folder, store.info, 2 * store.info.shard_bytes)
     with pytest.raises(InputError, match=r"max_store_bytes = 1,500 does not hold two shards; raise it"):
         Room(store.folder, store.info, 1500)

@@ -72,7 +72,8 @@ def test_following_a_growing_store_gives_the_sae_of_the_finished_one(tmp_path, e
     check_same(weights(tmp_path / "sae"), expected)
 
 
-def test_a_follower_frees_what_it_has_learnt_from_and_the_writer_goes_on(tmp_path, expected):
+@pytest.mark.parametrize("tranche_shards", [2, None], ids=["", "half of the room unless it is set"])
+def test_a_follower_frees_what_it_has_learnt_from_and_the_writer_goes_on(tmp_path, expected, tranche_shards):
     store = SmallStore(tmp_path / "store", **SHAPE).start()
     room = Room(store.folder, store.info, 4 * store.info.shard_bytes)
     most = []
@@ -86,7 +87,7 @@ def test_a_follower_frees_what_it_has_learnt_from_and_the_writer_goes_on(tmp_pat
 
     writer = threading.Thread(target=write)
     writer.start()
-    run(store, tmp_path / "sae")
+    run(store, tmp_path / "sae", tranche_shards=tranche_shards)
     writer.join(30)
     assert not writer.is_alive()
     assert freed_below(store.folder) == 4
