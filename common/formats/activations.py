@@ -132,7 +132,9 @@ class ActivationWriter:
     def _encoded(self, tap: str, acts_NLD: np.ndarray) -> dict[str, np.ndarray]:
         if self.info.dtypes[tap] != "int8":
             return {acts_array(tap): acts_NLD}
-        values_NLD, scales_NL = self.info.channels[tap].encode(acts_NLD)
+        values_NLD, scales_NL = np.empty(acts_NLD.shape, np.int8), np.empty(acts_NLD.shape[:2], np.float32)
+        for window, acts_LD in enumerate(acts_NLD):  # one at a time: each takes several times its size for a moment
+            values_NLD[window], scales_NL[window] = self.info.channels[tap].encode(acts_LD)
         return {acts_array(tap): values_NLD, scales_array(tap): scales_NL}
 
     def _statistics(self, tap: str, windows: range, acts_NLD: np.ndarray, train_NL: np.ndarray) -> ActivationStatistics:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -271,3 +272,23 @@ def test_the_default_tiling_has_chunks_of_four_megabytes_and_shards_of_64():
     assert Tiling.for_bytes(window_bytes=25_000_000, windows=50) == Tiling(3, 1), "not under 64 MB"
     assert Tiling.for_bytes(window_bytes=100, windows=5) == Tiling(5, 5)
     assert Tiling.for_bytes(window_bytes=100, windows=5, shard=3, chunk=2) == Tiling(4, 2)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 0.2), ("int8", 0.8)])
+def test_writing_a_shard_takes_little_memory_beside_it(tmp_path, dtype, most):
+    windows, length, width = 64, 64, 1024
+    channels = {"a": Channels(np.zeros(width, np.float32), np.ones(width, np.float32))} if dtype == "int8" else {}
+    tiling = Tiling(windows, 4)
+    info = StoreInfo(
+        windows, windows, length, {"a": width}, {"a": dtype}, tiling, RowPolicy(), {"model": "m"}, channels
+    )
+    writer, shard = ActivationWriter(Folder(str(tmp_path)), info), range(windows)
+    acts_NLD = np.random.default_rng(0).normal(size=(windows, length, width)).astype(DTYPES["bfloat16"])
+    tokens_NL, keep_NL = np.zeros((windows, length), np.int32), np.ones((windows, length), bool)
+    over = writer.versions(shard)
+    tracemalloc.start()
+    try:
+        writer.write_shard(shard, tokens_NL, keep_NL, {"a": acts_NLD}, over=over)
+        assert tracemalloc.get_traced_memory()[1] < most * acts_NLD.nbytes
+    finally:
+        tracemalloc.stop()
