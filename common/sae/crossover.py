@@ -32,9 +32,10 @@ from saex_pipe.common.sae.compute import Compute
 Product = Literal["sum", "dot", "scatter"]
 Way = Literal["gather", "dense", "pallas"]
 
-# On CPUs, and wherever else there are no kernels: sparse from this many latents per active one. A placeholder until it
-# is measured: at 64 gathers read a sixty-fourth of what a dense product multiplies.
-CPU_LATENTS_PER_ACTIVE = 64
+# On CPUs, and wherever else there are no kernels: sparse from this many latents per active one. Steps of TopK and
+# BatchTopK by active latents take 0.5 to 0.8 times as long as dense ones at 32, and 0.8 to 1.4 times at 16
+# (infra/bench/train_crossover.py, two cores, bfloat16; in float32 much the same).
+CPU_LATENTS_PER_ACTIVE = 24
 FLOAT_BYTES = 4
 RUN = 8  # as sparse.py sums them
 GATHERED_STAYS_IN_VMEM = ("v5e",)  # of the dot; seen in programs compiled for v5e and v5p

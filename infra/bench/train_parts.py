@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ FORM = {"jumprelu_form": "l0"}  # SAELens' default
 MORE_PRODUCTS = {"gated": 2}
 
 Call = Callable[[], Any]
+Codes = Literal["auto", "sparse", "dense"]
 
 
 class Shape(NamedTuple):
@@ -77,10 +78,18 @@ def with_active(variant: Variant, params: Params, shape: Shape) -> Params:
     return variant.shift_pre_activations(params, jnp.full(shape.latents, -level))
 
 
-def whole_step(variant: Variant, shape: Shape, dtype: ComputeDtype, *, few: bool) -> Call:
-    """Calls that go on training one state, as the train stage does; ``few``: k latents stay active on average."""
+def whole_step(variant: Variant, shape: Shape, dtype: ComputeDtype, *, few: bool, codes: Codes = "auto") -> Call:
+    """Calls that go on training one state, as the train stage does.
+
+    Args:
+        variant: what is trained.
+        shape: of a step.
+        dtype: of the inputs of its products.
+        few: whether k latents stay active on average.
+        codes: how products with codes are computed, as ``Compute.codes``.
+    """
     optimiser = adam(TOTAL_STEPS)
-    settings = StepSettings(total_steps=TOTAL_STEPS, compute=Compute(dtype=dtype))
+    settings = StepSettings(total_steps=TOTAL_STEPS, compute=Compute(dtype=dtype, codes=codes))
     step = jax.jit(make_step(optimiser, settings), donate_argnums=2)
     scale = Normaliser(jnp.ones(shape.width))
     normalisers = jax.tree.map(jnp.copy, Normalisers(scale, scale))
