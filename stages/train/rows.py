@@ -105,8 +105,7 @@ def _tranche_shards(config: Config, store: FollowedStore) -> int:
             )
         return config.tranche_shards
     info, taps = store.info, _sides(config, store).taps
-    pool_rows = _LARGEST_POOL if config.pool_bytes is None else config.pool_bytes
-    pool_rows = int(pool_rows / READ_AHEAD_FACTOR / sum(map(info.row_bytes, taps)))
+    pool_rows = (config.pool_bytes or _LARGEST_POOL) / READ_AHEAD_FACTOR / sum(map(info.row_bytes, taps))
     wanted = pool_rows / (info.tiling.shard_windows * info.window_length)
     if config.pool_bytes is None:
         wanted = min(wanted, math.ceil(config.batch_rows / MOST_MATES / info.tiling.shard_windows))
