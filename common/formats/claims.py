@@ -7,7 +7,9 @@ whoever looks, has expired and may be taken over. Nobody compares clocks: they d
 right. Right is who swaps the claim to ``finished``, and only its holder can; a holder whose claim was taken over finds
 out when its swap fails. The shard's data are written on the condition that they are still what they were at a moment
 from which on the claim is known to have been the writer's own (``confirm``): whoever takes the claim over later
-writes them anew, so that a late writer cannot touch what a later holder has committed.
+writes them anew, so that a late writer cannot touch what a later holder has committed. (On S3 an object of the same
+bytes is the same: there a writer that is late could replace bytes that had been there before, too. Their checksums
+would no longer be the ledger's, which every reader checks.)
 
 A worker with a fixed share has its shards to itself: what the claims of its share say is of an earlier process of the
 same share, mostly one that has died, so they are taken over at once. Should that process live, as on a machine that is
@@ -121,9 +123,10 @@ class Claims:
         """Give back what was claimed and not finished."""
         self._done.set()
         self._keeper.join()
-        for shard, generation in self._held.items():
-            self._folder.delete_if(_name(shard), generation)
-        self._held.clear()
+        with self._lock:
+            for shard, generation in self._held.items():
+                self._folder.delete_if(_name(shard), generation)
+            self._held.clear()
 
 
 class Tenure:
@@ -139,10 +142,12 @@ class Tenure:
         folder.write(self._name, self._own)
 
     def check(self) -> None:
-        """Raise ``Superseded`` where another process has started on this share since."""
-        found = self._folder.read(self._name)
-        if found != self._own:
-            other = "another process" if found is None else json.loads(found)["worker"]
+        """Raise ``Superseded`` where another process has started on this share since, and has not stopped."""
+        found = self._folder.read_stamped(self._name)
+        if found.data is None and self._folder.write_if(self._name, self._own, found.generation) is not None:
+            return
+        if found.data != self._own:
+            other = "another process" if found.data is None else json.loads(found.data)["worker"]
             raise Superseded(
                 f"{self._folder.uri}: {other} has started on the same share ({self._share}) and goes on with it; this "
                 "process stops, and nothing is lost"

@@ -121,7 +121,7 @@ class Folder:
         although the first one has succeeded: what is there counts as written where it is just that.
 
         Returns:
-            Whether it was written, or another was there.
+            Whether it was written: False where there is another version.
         """
         local = self.local_path()
         try:

@@ -48,9 +48,9 @@ class FollowedStore(ChunkReads):
         self._wait_for(lambda: self._folder.read(STORE) is not None)
         self.info = StoreInfo.from_json(json.loads(self._folder.read(STORE) or b"{}"))
         self.digest = canonical_digest(json.loads(self._folder.read(STARTED) or b"{}"))
-        self._shards = len(self.info.tiling.shards(self.info.windows))
-        self._tranche_shards = min(tranche_shards(self), self._shards)
-        self._tranches = -(-self._shards // self._tranche_shards)
+        self.shards = len(self.info.tiling.shards(self.info.windows))
+        self._tranche_shards = min(tranche_shards(self), self.shards)
+        self._tranches = -(-self.shards // self._tranche_shards)
         self._entries: dict[int, dict[str, Any]] = {}  # by shard; checksums decoded
         self._ready: dict[int, tuple[int, np.ndarray]] = {}  # by tranche
         self._looked: dict[int, float] = {}  # when a tranche was last found wanting: buckets charge for every look
@@ -60,7 +60,7 @@ class FollowedStore(ChunkReads):
     def room_shards(self) -> int | None:
         """How many shards there may be at a time, by what the store was begun with; None where none are freed."""
         data = self._folder.read(_ROOM)
-        return None if data is None else int(json.loads(data)["first_bytes"]) // self.info.shard_bytes
+        return None if data is None else _first_bytes(data) // self.info.shard_bytes
 
     @property
     def tranche_rows(self) -> int:
@@ -114,7 +114,7 @@ class FollowedStore(ChunkReads):
 
     def _shards_of(self, tranche: int) -> range:
         start = tranche % self._tranches * self._tranche_shards
-        return range(start, min(start + self._tranche_shards, self._shards))
+        return range(start, min(start + self._tranche_shards, self.shards))
 
     def _load_entry(self, shard: int) -> bool:
         data = self._folder.read(f"ledger/{shard:06d}.json")
@@ -160,7 +160,7 @@ class Room:
                 "raise it, or set harvest.shard_windows lower",
             )
         found = folder.read(_ROOM)
-        first = max_bytes if found is None else int(json.loads(found)["first_bytes"])
+        first = max_bytes if found is None else _first_bytes(found)
         if max_bytes < first:
             raise InputError(
                 f"harvest.max_store_bytes = {max_bytes:,}, and {folder.uri} was begun with {first:,}, which its "
@@ -172,6 +172,11 @@ class Room:
     def has(self, shard: int) -> bool:
         """Whether there is room for ``shard``."""
         return shard < freed_below(self._folder) + self._shards
+
+
+def _first_bytes(room: bytes) -> int:
+    found = json.loads(room)
+    return int(found.get("first_bytes", found["max_bytes"]))
 
 
 def freed_below(folder: Folder) -> int:

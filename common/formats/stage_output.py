@@ -31,7 +31,7 @@ from saex_pipe.common.formats.manifest import (
 from saex_pipe.common.metrics_log import MetricsLog
 
 METRICS = "metrics.jsonl"
-_WORK = ("ledger/", "parts/", "state/", "claims/")  # what the next run of the same stage goes on from
+_WORK = ("ledger/", "parts/", "state/", "claims/", "workers/")  # what the next run of the same stage goes on from
 _PREPARED = (STARTED, METRICS, "store.json", "calibration.json")  # nothing is lost with these
 _TOOLS = ("saex-pipe", "jax", "jaxlib", "flax", "optax", "tensorstore", "zarr", "transformers", "gguf", "apache-beam")
 
@@ -72,7 +72,7 @@ class StageOutput:
         except (ValueError, TypeError):
             raise SaexError(
                 f"{self.folder.uri}/{name} is damaged; delete this one file and run the same command again, "
-                "which makes its shard again"
+                "which makes up for it"
             ) from None
 
     def commit_shard(self, shard: int, entry: dict[str, Any]) -> None:
@@ -192,7 +192,8 @@ def _is_worthless(output: StageOutput, error: BaseException) -> bool:
         return False
     if isinstance(error, InputError) and not output.resumed:
         return not any(name.startswith(_WORK) for name in names)
-    return all(name in _PREPARED or name.rpartition("/")[2] == "zarr.json" for name in names)
+    # Of a folder that was there before, another process may be what has prepared it.
+    return not output.resumed and all(name in _PREPARED or name.rpartition("/")[2] == "zarr.json" for name in names)
 
 
 def _discard(folder: Folder) -> None:

@@ -60,6 +60,7 @@ def find_debris(folder: Folder, info: StoreInfo, *, finished: bool, stopped: boo
     objects = {shard: _look(folder, names) for shard, names in by_shard.items()}
     claims = {} if finished else _claims(folder)
     idle = _idle(folder, claims, stopped)
+    unclaimed = {shard: folder.read_stamped(_claim(shard)) for shard in objects if claiming and shard not in claims}
     done = set(folder.list("ledger/"))  # looked for last: what has been finished meanwhile stays
     claimed: dict[int, list[Piece]] = {shard: [claim] for shard, claim in idle.items()}
     kept: list[Piece] = []
@@ -68,9 +69,8 @@ def find_debris(folder: Folder, info: StoreInfo, *, finished: bool, stopped: boo
             continue
         if shard in idle:
             claimed[shard] += pieces
-        elif claiming and shard not in claims:
-            name = f"claims/{shard:06d}.json"
-            claimed[shard] = [Piece(name, folder.generation(name), 0), *pieces]  # taken while they are deleted
+        elif shard in unclaimed and unclaimed[shard].data is None:  # nor claimed while the others were watched
+            claimed[shard] = [Piece(_claim(shard), unclaimed[shard].generation, 0), *pieces]
         elif stopped and shard not in claims:
             free += pieces
         else:
@@ -103,6 +103,10 @@ def _look(folder: Folder, names: Sequence[str]) -> list[Piece]:
     return [Piece(name, at.generation, len(at.data)) for name, at in found if at.data is not None]
 
 
+def _claim(shard: int) -> str:
+    return f"claims/{shard:06d}.json"
+
+
 def _claims(folder: Folder) -> dict[int, Stamped]:
     """The claims on shards; one that says how its shard was finished is what workers go on from, so it stands, too."""
     names = folder.list("claims/")
@@ -119,7 +123,7 @@ def _idle(folder: Folder, claims: Mapping[int, Stamped], stopped: bool) -> dict[
         time.sleep(max(leases))
     found = {}
     for shard, state in states.items():
-        name, (data, generation) = f"claims/{shard:06d}.json", claims[shard]
+        name, (data, generation) = _claim(shard), claims[shard]
         held = bool(state.get("worker")) and not stopped and folder.generation(name) != generation
         if "finished" not in state and not held:
             found[shard] = Piece(name, generation, len(data or b""))

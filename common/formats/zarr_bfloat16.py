@@ -1,8 +1,9 @@
 """bfloat16 for zarr-python, which has none: with saex-pipe installed, any zarr user opens the stores.
 
 Registered through the entry point ``zarr.data_type`` in pyproject.toml. zarr 3.1, the last for Python 3.11, lists those
-entry points and never loads them, but loads those of ``zarr.buffer`` before it reads any metadata: there this module
-gives zarr's own ``Buffer`` once more, so that it is imported, which registers the type.
+entry points and never loads them, but loads those of ``zarr.buffer`` before it opens a group: there this module gives
+zarr's own ``Buffer`` once more, so that it is imported, which registers the type. An array that is opened there by
+itself, before any group, needs ``import saex_pipe.common.formats.zarr_bfloat16``.
 """
 
 import importlib

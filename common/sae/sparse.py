@@ -19,6 +19,7 @@ from saex_pipe.common.sae.compute import PLAIN, Compute, gradient_dtype
 from saex_pipe.common.sae.crossover import Product, Sizes, Way, way
 from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.select import largest
+from saex_pipe.common.sae.stack import largest_of_stack
 
 UNROLL = 8  # rows added per pass over the sum: 3.5 ms, against 7 ms one by one
 LANES = 64  # columns that a dot adds up side by side
@@ -159,10 +160,8 @@ def sum_runs(
         partial_VD = sum(weights_VR[:, i, None] * rows_ND[sources_VR[:, i]] for i in range(RUN_LENGTH))
         return sum_KD.at[keys_V].add(partial_VD)
 
-    # Where SAEs are stacked, each would be copied in every block that it has and another has not.
-    blocks = jax.lax.platform_dependent(
-        runs.used, cpu=lambda used: used, default=lambda used: jnp.full_like(used, RUN_BLOCKS)
-    )
+    # One number for all SAEs of a stack, or each would be copied in every block. Blocks beyond its own add 0.
+    blocks = largest_of_stack(runs.used)
     return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros((keys, rows_ND.shape[1]), rows_ND.dtype))
 
 

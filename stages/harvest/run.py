@@ -15,11 +15,12 @@ from jaxtyping import Bool, Int32
 from saex_pipe.common import resources
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.activations import DTYPES, ActivationWriter, StoreInfo, finish_contents
-from saex_pipe.common.formats.followed_store import Room, freed_below
+from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.formats.followed_store import Room, freed_below, frees_shards
 from saex_pipe.common.formats.int8 import warn_of_added_error
 from saex_pipe.common.formats.manifest import Manifest
 from saex_pipe.common.formats.stage_output import stage_output
-from saex_pipe.common.formats.store_info import given_dtypes
+from saex_pipe.common.formats.store_info import STORE, given_dtypes
 from saex_pipe.common.formats.tokens import TokenStore
 from saex_pipe.common.formats.zarr_array import Tiling
 from saex_pipe.common.llm import taps as tap_names
@@ -62,6 +63,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         calibration = calibrate(config, corpus, dtypes, forward, output.folder)
         info = _store_info(config, corpus, architecture, dtypes, calibration)
         # Before the store is there to be followed: its readers ask what room there is.
+        _check_room(config, output.folder)
         room = None if config.max_store_bytes is None else Room(output.folder, info, config.max_store_bytes)
         writer = ActivationWriter(output.folder, info)
         work = Work(
@@ -98,8 +100,8 @@ def _harvest(
     with (
         ThreadPoolExecutor(1) as reading,
         Passes(forward) as passes,
+        work,  # given back after what is being written has been
         ThreadPoolExecutor(config.writers) as writing,
-        work,
         progress("harvesting", total, "tokens", done=total - own, log=metrics) as bar,
     ):
         while True:
@@ -165,6 +167,14 @@ def _check(config: Config, corpus: TokenStore, architecture: Architecture, mesh:
         raise InputError(
             f"harvest.drop_positions = {list(config.drop_positions)}: {outside[0]} is outside the window",
             f"use positions from 0 to {corpus.info.window_length - 1}",
+        )
+
+
+def _check_room(config: Config, folder: Folder) -> None:
+    if config.max_store_bytes is not None and folder.read(STORE) is not None and not frees_shards(folder):
+        raise InputError(
+            f"harvest.max_store_bytes is set, and {folder.uri} was begun without it: its followers free nothing",
+            "unset it, or begin another store",
         )
 
 

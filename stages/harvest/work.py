@@ -85,7 +85,7 @@ class Work(AbstractContextManager["Work"]):
             return False
         self._stop.raise_if_requested()
         time.sleep(_POLL_SECONDS)
-        return True
+        return not self._stop.requested
 
     def raise_if_shared(self) -> None:
         """Raise ``ShareDone`` where others still have shards to make."""

@@ -68,14 +68,14 @@ def make_reader(config: Config, store: Rows, taps: tuple[str, ...]) -> Reader:
 
 
 def pool_bytes(config: Config, store: Rows, taps: Sequence[str]) -> int:
-    """Memory for rows: what is set, or the default; then of a followed store all of a tranche is in one pool a lane."""
+    """Memory for rows: what is set, or the default; of a followed store all of a tranche where 8 GiB hold that."""
     if config.pool_bytes is not None:
         return config.pool_bytes
     found = default_pool_bytes(config.batch_rows, store.info, taps)
     if not isinstance(store, FollowedStore):
         return found
-    row_bytes = sum(map(store.info.row_bytes, taps))
-    return max(found, math.ceil((store.tranche_rows + LANES) * row_bytes * READ_AHEAD_FACTOR))
+    row_bytes = sum(map(store.info.row_bytes, taps))  # a row more for each lane: they may differ by one
+    return max(found, min(math.ceil((store.tranche_rows + LANES) * row_bytes * READ_AHEAD_FACTOR), _LARGEST_POOL))
 
 
 def default_pool_bytes(batch_rows: int, info: StoreInfo, taps: Sequence[str]) -> int:
@@ -93,19 +93,19 @@ def default_pool_bytes(batch_rows: int, info: StoreInfo, taps: Sequence[str]) ->
 def _tranche_shards(config: Config, store: FollowedStore) -> int:
     """How many shards of a followed store are mixed together: as many as meet the bound of ``default_pool_bytes``.
 
-    Where there is room for fewer, half of those, so that some are written while others are read.
+    Where there is room for fewer, half of those: a tranche is freed once the next one is there.
     """
     room = store.room_shards
     if config.tranche_shards is not None:
-        if room is not None and config.tranche_shards > room:
+        if room is not None and min(2 * config.tranche_shards, store.shards) > room:
             raise InputError(
                 f"train.tranche_shards = {config.tranche_shards}, but {config.store} holds {room} shards at a time "
-                "(harvest.max_store_bytes)",
-                f"set it to {max(room // 2, 1)} or less",
+                "(harvest.max_store_bytes), and one tranche is freed once the next one is there",
+                f"set it to {room // 2} or less",
             )
         return config.tranche_shards
     info, taps = store.info, _sides(config, store).taps
-    pool_rows = (config.pool_bytes or _LARGEST_POOL) / READ_AHEAD_FACTOR / sum(map(info.row_bytes, taps))
+    pool_rows = (config.pool_bytes or _LARGEST_POOL) / READ_AHEAD_FACTOR / sum(map(info.row_bytes, taps)) - LANES
     wanted = pool_rows / (info.tiling.shard_windows * info.window_length)
     if config.pool_bytes is None:
         wanted = min(wanted, math.ceil(config.batch_rows / MOST_MATES / info.tiling.shard_windows))

@@ -153,6 +153,17 @@ def test_a_worker_that_takes_an_expired_claim_over_meanwhile_loses_nothing(store
     np.testing.assert_array_equal(ActivationStore(store.uri).acts("a", range(24)), store.acts_NLD)
 
 
+def test_a_worker_that_claims_an_unclaimed_shard_while_others_are_watched_keeps_it(store, monkeypatch):
+    store.folder.write("started.json", b'{"stage": "harvest"}')
+    assert Claims(Folder(store.uri), "dead", LEASE).claim(4)
+    own = Claims(Folder(store.uri), "own", 60.0)
+    monkeypatch.setattr(store_debris.time, "sleep", lambda _: own.claim(2))
+    before = store.folder.list()
+    prune(store, "--yes")
+    assert gone(store, before) == sorted([*objects(store, 3), "claims/000004.json"])
+    assert own.commit(2, store.ledger[2])
+
+
 def test_a_shard_that_is_finished_while_claims_are_watched_is_not_called_unfinished(store, monkeypatch, capsys):
     assert Claims(Folder(store.uri), "dead", LEASE).claim(2)
     monkeypatch.setattr(store_debris.time, "sleep", lambda _: commit_shard(store.folder, 3, store.ledger[3]))

@@ -65,6 +65,22 @@ def test_runs_hold_every_pair_once_and_one_latent_each() -> None:
         assert set(flat_P[pairs_R[pairs_R < flat_P.size]]) <= {latent}
 
 
+def test_a_stack_adds_its_runs_up_in_place() -> None:
+    """A loop whose end differed within the stack would select between the old sums and the new in every block."""
+    one, other = (random_codes(seed)[0] for seed in (0, 1))
+    other = other._replace(latents_BK=jnp.full_like(other.latents_BK, 3))  # in few runs
+    x_BD = jnp.asarray(normal(2, ROWS, WIDTH))
+
+    def sums(active: ActiveCodes) -> jax.Array:
+        return scatter_sum(active.values_BK, runs_by_latent(active.latents_BK, LATENTS), x_BD, LATENTS)
+
+    assert runs_by_latent(one.latents_BK, LATENTS).used != runs_by_latent(other.latents_BK, LATENTS).used
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, other)
+    lowered = jax.jit(jax.vmap(sums)).lower(stacked)
+    assert not [line for line in lowered.as_text().splitlines() if "select" in line and "tensor<2x40x12xf32>" in line]
+    np.testing.assert_allclose(lowered.compile()(stacked), jnp.stack([sums(one), sums(other)]), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("latents", [LATENTS, 64 * GROUP])  # one selection, and two
 @pytest.mark.parametrize("codes", ["sparse", "dense"])
 def test_autoencoder_and_gradients_equal_those_of_masked_codes(latents: int, codes: str) -> None:

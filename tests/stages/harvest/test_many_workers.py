@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -301,25 +302,57 @@ def test_what_follows_a_killed_process_waits_for_no_lease(inputs, whole, tmp_pat
     assert list((tmp_path / "a" / "workers").iterdir()) == []
 
 
+def test_what_is_being_written_when_it_is_interrupted_is_kept(inputs, whole, tmp_path, monkeypatch):
+    write_shard, begun = ActivationWriter.write_shard, threading.Event()
+
+    def slow(*given, **conditions):
+        begun.set()
+        time.sleep(0.5)
+        return write_shard(*given, **conditions)
+
+    def empty_or_interrupted(*given):
+        if begun.is_set():
+            raise KeyboardInterrupt
+        return empty(*given)
+
+    empty = harvest.Shard.empty
+    monkeypatch.setattr(ActivationWriter, "write_shard", slow)
+    with monkeypatch.context() as patch:
+        patch.setattr(harvest.Shard, "empty", empty_or_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, tmp_path / "a")
+    assert [path.stem for path in (tmp_path / "a" / "ledger").iterdir()] == ["000000"]
+    assert all("finished" in json.loads(path.read_text()) for path in (tmp_path / "a" / "claims").iterdir())
+    run(inputs, tmp_path / "a")
+    check_same(tmp_path / "a", whole)
+
+
+# Takes half a second a shard; from the second one on the first process waits until another has started.
 SLOW = """
 import time
-write_slowly, activations.ActivationWriter.write_shard = activations.ActivationWriter.write_shard, (
-    lambda *given, **conditions: (time.sleep(0.5), write_slowly(*given, **conditions))[1]
-)
+from pathlib import Path
+fast, place = activations.ActivationWriter.write_shard, Path(json.loads(sys.argv[1])["out"], "workers", "0-of-1.json")
+def slow(writer, windows, *rest, **conditions):
+    time.sleep(0.5)
+    name = globals().setdefault("name", place.read_bytes())
+    while {waits} and windows.start and place.read_bytes() == name:
+        time.sleep(0.01)
+    return fast(writer, windows, *rest, **conditions)
+activations.ActivationWriter.write_shard = slow
 """
 
 
 def test_the_same_command_started_twice_goes_on_in_the_second_and_ends_the_first(inputs, whole, tmp_path):
     out = tmp_path / "a"
     settings = json.dumps(inputs | SETTINGS | {"out": str(out)})
-    slow = SCRIPT.replace("run.run(", SLOW + "run.run(")
     pipes = {"env": os.environ | {"JAX_PLATFORMS": "cpu"}, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen([sys.executable, "-c", slow, settings, "-1"], **pipes)
+    scripts = [SCRIPT.replace("run.run(", SLOW.format(waits=waits) + "run.run(") for waits in (True, False)]
+    first = subprocess.Popen([sys.executable, "-c", scripts[0], settings, "-1"], **pipes)
     deadline = time.monotonic() + 60
     while not list((out / "ledger").glob("*.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    second = subprocess.Popen([sys.executable, "-c", SCRIPT, settings, "-1"], **pipes)
+    second = subprocess.Popen([sys.executable, "-c", scripts[1], settings, "-1"], **pipes)
     said = [process.communicate(timeout=60)[1] for process in (first, second)]
     assert second.returncode == 0, said[1]
     assert first.returncode != 0
@@ -351,6 +384,14 @@ def test_a_harvest_waits_until_its_follower_has_freed_room(inputs, whole, tmp_pa
     assert freed_below(folder) == 9
     with pytest.raises(InputError, match="followers have freed its first 9 shards; harvest again"):
         ActivationStore(str(tmp_path / "a"))
+
+
+def test_room_cannot_be_bounded_later(inputs, whole, tmp_path):
+    out = tmp_path / "a"
+    with pytest.raises(ShareDone):
+        run(inputs, out, worker="0/2")
+    with pytest.raises(InputError, match=r"max_store_bytes is set, and .* was begun without it: its followers free"):
+        run(inputs, out, max_store_bytes=10**9)
 
 
 @pytest.mark.parametrize(

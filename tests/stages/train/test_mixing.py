@@ -83,9 +83,9 @@ class Following(FollowedStore):
 
     def __init__(self, info, config, room_shards=None):
         self.info, self._room, self.rows = info, room_shards, None
-        self._shards = len(info.tiling.shards(info.windows))
+        self.shards = len(info.tiling.shards(info.windows))
         self._tranche_shards = rows._tranche_shards(config, self)
-        self._tranches = -(-self._shards // self._tranche_shards)
+        self._tranches = -(-self.shards // self._tranche_shards)
 
     @property
     def room_shards(self):
@@ -123,9 +123,13 @@ def test_a_tranche_is_what_is_set_and_fits_into_the_room_that_there_is():
     assert Following(info, follow_config(), room_shards=10_000).tranche_rows == wanted * shard_rows
     held = int(3.5 * shard_rows * info.row_bytes("a") * READ_AHEAD_FACTOR)
     assert Following(info, follow_config(pool_bytes=held)).tranche_rows == 3 * shard_rows
-    assert Following(info, follow_config(tranche_shards=10), room_shards=10).tranche_rows == 10 * shard_rows
-    with pytest.raises(InputError, match=r"tranche_shards = 11, but s holds 10 shards at a time .* set it to 5 or"):
-        Following(info, follow_config(tranche_shards=11), room_shards=10)
+    assert Following(info, follow_config(tranche_shards=5), room_shards=10).tranche_rows == 5 * shard_rows
+    small = store_info(windows=10 * info.tiling.shard_windows)
+    assert Following(small, follow_config(tranche_shards=7), room_shards=10).tranche_rows == 7 * shard_rows
+    with pytest.raises(InputError, match=r"tranche_shards = 6, but s holds 10 shards at a time .* set it to 5 or"):
+        Following(info, follow_config(tranche_shards=6), room_shards=10)
+    large = rows.pool_bytes(follow_config(), Following(info, follow_config(tranche_shards=500)), ["a"])
+    assert large == 8 << 30
 
 
 def test_a_small_pool_mixes_worse_and_a_pool_for_the_whole_store_perfectly():
