@@ -94,6 +94,16 @@ def test_a_run_that_wrote_nothing_leaves_nothing(error, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [InputError("bad", "mend it"), SaexError("bad"), KeyError("bad")])
+def test_a_run_that_comes_to_a_prepared_folder_leaves_it(error, tmp_path):
+    """The same command may be at work there, which has nothing to show for it yet."""
+    with stage_output(Config(out=str(tmp_path / "out"))) as output:
+        output.folder.write("calibration.json", b"{}")
+        with pytest.raises(type(error)):
+            fail(tmp_path / "out", "zarr.json", error)
+        assert {"started.json", "calibration.json"} <= {*output.folder.list()}
+
+
 def test_finished_shards_are_known_by_name(tmp_path):
     with stage_output(Config(out=str(tmp_path / "bread"))) as output:
         assert output.finished_shards() == set()
