@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -310,9 +311,15 @@ def test_asked_to_stop_inside_a_worker_of_beam(chains, sign, status, line):
 def test_asked_to_stop_in_every_stage(chains, sign, status, line):
     chain, kept = chains("tiny"), {}
     for at in chain.stages:
-        process = chain.start_and_reach(at, 0.5 * chain.seconds[at])
-        os.kill(process.pid, sign)
-        process.join(600)
+        for share in (0.5, 0.2, 0.05, 0.0):
+            process = chain.start_and_reach(at, share * chain.seconds[at])
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, sign)
+            process.join(600)
+            if not (chain.out / chain.folders[-1] / "manifest.json").exists():
+                break
+            # The run was over before it could be stopped, as the machine is less busy than it was: earlier, then.
+            shutil.rmtree(chain.out / chain.folders[-1])
         progress = [text for text in chain.stderr().splitlines() if " s left" not in text]
         assert (process.exitcode, progress) == (status, [f"saex-pipe: {line}"]), at
         kept = check_kept(kept, chain.out, at)
