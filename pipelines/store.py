@@ -13,6 +13,7 @@ from saex_pipe.common import resources
 from saex_pipe.common.config import canonical_digest
 from saex_pipe.common.errors import InputError, SaexError
 from saex_pipe.common.formats.activations import SCHEMA_VERSION, WRITERS, ActivationStore, StoreInfo
+from saex_pipe.common.formats.claims import claim_name
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.int8 import warn_of_added_error
 from saex_pipe.common.formats.local_disk import can_write, stale_lock_bytes
@@ -212,7 +213,7 @@ def repair(uri: str, jobs: int) -> None:
     shards = sorted({trouble.shard for trouble in found if trouble.shard is not None})
     for shard in shards:
         folder.delete(f"ledger/{shard:06d}.json")
-        folder.delete(f"claims/{shard:06d}.json")
+        folder.delete(claim_name(shard))
     folder.delete(MANIFEST)
     finish_stage(config, force=False)
     print(f"{uri}: made {len(shards)} shards again; 'saex-pipe store verify {uri}' checks all once more")

@@ -48,7 +48,7 @@ class Claims:
 
     def claim(self, shard: int) -> bool:
         """Whether ``shard`` is this worker's now."""
-        found = self._folder.read_stamped(_name(shard))
+        found = self._folder.read_stamped(claim_name(shard))
         state: dict[str, Any] = {} if found.data is None else json.loads(found.data)
         if "finished" in state:
             commit_shard(self._folder, shard, state["finished"])  # again, should its worker have died before
@@ -57,7 +57,7 @@ class Claims:
         if is_others and not self._has_expired(shard, found.generation, state["lease_seconds"]):
             return False
         with self._lock:
-            generation = self._folder.write_if(_name(shard), self._body(), found.generation)
+            generation = self._folder.write_if(claim_name(shard), self._body(), found.generation)
             if generation is not None:
                 self._held[shard] = generation
         return generation is not None
@@ -71,7 +71,7 @@ class Claims:
         with self._lock:
             generation = self._held.pop(shard, None)
             finished = json.dumps({"finished": entry}, sort_keys=True).encode()
-            if generation is None or self._folder.write_if(_name(shard), finished, generation) is None:
+            if generation is None or self._folder.write_if(claim_name(shard), finished, generation) is None:
                 return False
         commit_shard(self._folder, shard, entry)
         return True
@@ -86,7 +86,7 @@ class Claims:
         with self._lock:
             if shard not in self._held:
                 return False
-            generation = self._folder.write_if(_name(shard), self._body(), self._held[shard])
+            generation = self._folder.write_if(claim_name(shard), self._body(), self._held[shard])
             if generation is None:
                 del self._held[shard]
             else:
@@ -125,7 +125,7 @@ class Claims:
         self._keeper.join()
         with self._lock:
             for shard, generation in self._held.items():
-                self._folder.delete_if(_name(shard), generation)
+                self._folder.delete_if(claim_name(shard), generation)
             self._held.clear()
 
 
@@ -163,5 +163,6 @@ class Tenure:
             self._folder.delete_if(self._name, found.generation)
 
 
-def _name(shard: int) -> str:
+def claim_name(shard: int) -> str:
+    """Of the object that holds the claim on ``shard``."""
     return f"claims/{shard:06d}.json"

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from saex_pipe.common.formats.claims import claim_name
 from saex_pipe.common.formats.folder import Folder, Stamped
 from saex_pipe.common.formats.followed_store import freed_below
 from saex_pipe.common.formats.store_info import StoreInfo
@@ -60,7 +61,7 @@ def find_debris(folder: Folder, info: StoreInfo, *, finished: bool, stopped: boo
     objects = {shard: _look(folder, names) for shard, names in by_shard.items()}
     claims = {} if finished else _claims(folder)
     idle = _idle(folder, claims, stopped)
-    unclaimed = {shard: folder.read_stamped(_claim(shard)) for shard in objects if claiming and shard not in claims}
+    unclaimed = {shard: folder.read_stamped(claim_name(shard)) for shard in objects if claiming and shard not in claims}
     done = set(folder.list("ledger/"))  # looked for last: what has been finished meanwhile stays
     claimed: dict[int, list[Piece]] = {shard: [claim] for shard, claim in idle.items()}
     kept: list[Piece] = []
@@ -70,7 +71,7 @@ def find_debris(folder: Folder, info: StoreInfo, *, finished: bool, stopped: boo
         if shard in idle:
             claimed[shard] += pieces
         elif shard in unclaimed and unclaimed[shard].data is None:  # nor claimed while the others were watched
-            claimed[shard] = [Piece(_claim(shard), unclaimed[shard].generation, 0), *pieces]
+            claimed[shard] = [Piece(claim_name(shard), unclaimed[shard].generation, 0), *pieces]
         elif stopped and shard not in claims:
             free += pieces
         else:
@@ -103,10 +104,6 @@ def _look(folder: Folder, names: Sequence[str]) -> list[Piece]:
     return [Piece(name, at.generation, len(at.data)) for name, at in found if at.data is not None]
 
 
-def _claim(shard: int) -> str:
-    return f"claims/{shard:06d}.json"
-
-
 def _claims(folder: Folder) -> dict[int, Stamped]:
     """The claims on shards; one that says how its shard was finished is what workers go on from, so it stands, too."""
     names = folder.list("claims/")
@@ -123,7 +120,7 @@ def _idle(folder: Folder, claims: Mapping[int, Stamped], stopped: bool) -> dict[
         time.sleep(max(leases))
     found = {}
     for shard, state in states.items():
-        name, (data, generation) = _claim(shard), claims[shard]
+        name, (data, generation) = claim_name(shard), claims[shard]
         held = bool(state.get("worker")) and not stopped and folder.generation(name) != generation
         if "finished" not in state and not held:
             found[shard] = Piece(name, generation, len(data or b""))
