@@ -31,6 +31,14 @@ for name, value in SETTINGS.items():
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_make_parametrize_id(val):
+    """Bytes name a case by their length: what is in them, such as the time in a gzip file, may differ in each process.
+
+    The processes that share the suite must find the same names.
+    """
+    return f"{len(val)}bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def train_on_one_device():
     """The train stage takes all devices there are; here only one, except where a test is about several.
