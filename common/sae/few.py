@@ -22,7 +22,7 @@ from saex_pipe.common.sae import pairs as by_pairs
 from saex_pipe.common.sae.batch_sums import summed
 from saex_pipe.common.sae.bit_words import counts, entries, words
 from saex_pipe.common.sae.compute import Compute, gradient_dtype
-from saex_pipe.common.sae.matmul import by_transposed, centred_matmul, matmul, over_rows
+from saex_pipe.common.sae.matmul import by_transposed, centred_matmul, matmul, over_rows, transposed
 from saex_pipe.common.sae.pairs import Pairs
 from saex_pipe.common.sae.stack import largest_of_stack
 
@@ -51,7 +51,7 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
         return over_rows(centred_BD, out_BF, gradient_dtype(compute.dtype))
 
     def sparse(found: Pairs) -> Array:
-        return by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, w_enc_DF.shape[1]).T
+        return transposed(by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, w_enc_DF.shape[1]))
 
     dw_enc_DF = _switch(out_BF, compute, dense, sparse)
     db_pre_D = -(w_enc_DF @ summed(out_BF))

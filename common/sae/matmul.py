@@ -11,6 +11,8 @@ from saex_pipe.common.sae.batch_sums import summed
 from saex_pipe.common.sae.compute import ComputeDtype, gradient_dtype
 from saex_pipe.common.sae.int8 import int8_product
 
+TURNED = 32  # rows that are transposed at a time on CPUs
+
 
 def _product(a: Array, b: Array, contract: tuple[int, int], compute_dtype: ComputeDtype) -> Array:
     dimension_numbers = (((contract[0],), (contract[1],)), ((), ()))
@@ -49,9 +51,27 @@ def _over_rows_on_cpu(a_MN: Array, b_MP: Array) -> Array:
     return _row_major(product)
 
 
-def _row_major(a_MN: Array) -> Array:
+def _row_major(a: Array) -> Array:
     """The same, laid out as it reads, so that the compiler does not take a transpose back by a layout of its own."""
-    return with_layout_constraint(a_MN, Layout(major_to_minor=(0, 1)))
+    return with_layout_constraint(a, Layout(major_to_minor=tuple(range(a.ndim))))
+
+
+def transposed(a_MN: Float[Array, "M N"]) -> Float[Array, "N M"]:
+    """``a_MN.T``, written out once; on CPUs by way of blocks of rows, which caches hold while they are turned.
+
+    XLA's CPU compiler would have every reader of ``a_MN.T`` read it by columns, or copy it so: 29 ms, not 17, for
+    24,576 rows of 768.
+    """
+    if a_MN.shape[0] % TURNED or jax.device_count() > 1:  # what is cut over devices a layout of one's own would gather
+        return a_MN.T
+    return jax.lax.platform_dependent(a_MN, cpu=_transposed_on_cpu, default=jnp.transpose)
+
+
+def _transposed_on_cpu(a_MN: Array) -> Array:
+    rows, columns = a_MN.shape
+    blocks = a_MN.reshape(rows // TURNED, TURNED, columns).transpose(0, 2, 1)
+    blocks = jax.lax.optimization_barrier(_row_major(blocks))
+    return jax.lax.optimization_barrier(_row_major(blocks.transpose(1, 0, 2)).reshape(columns, rows))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

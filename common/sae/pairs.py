@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from saex_pipe.common.sae import sparse
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.crossover import Sizes, way
+from saex_pipe.common.sae.matmul import transposed
 
 
 class Pairs(NamedTuple):
@@ -62,7 +63,7 @@ def _encoded_backward(
     dx_BD = sum_by(pairs.rows_P, dz_P, pairs.latents_P, w_enc_DF.T, x_BD.shape[0])
     no_gradient = jnp.zeros(pairs.rows_P.shape, jax.dtypes.float0)
     unused = Pairs(jnp.zeros_like(pairs.values_P), no_gradient, no_gradient)
-    return dx_BD, -(w_enc_DF @ db_enc_F), dw_enc_FD.T, db_enc_F, unused
+    return dx_BD, -(w_enc_DF @ db_enc_F), transposed(dw_enc_FD), db_enc_F, unused
 
 
 encoded.defvjp(_encoded_forward, _encoded_backward)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from saex_pipe.common.sae import pallas_sparse
 from saex_pipe.common.sae.compute import PLAIN, Compute, gradient_dtype
 from saex_pipe.common.sae.crossover import Product, Sizes, Way, way
-from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.matmul import matmul, transposed
 from saex_pipe.common.sae.select import largest
 from saex_pipe.common.sae.stack import largest_of_stack
 
@@ -240,7 +240,7 @@ def _topk_codes_backward(
     db_enc_F = jnp.zeros(latents, jnp.float32).at[active.latents_BK].add(dz_BK)
     # The compiler drops dx where nobody asks for it, as in training.
     dx_BD = _sum(ActiveCodes(dz_BK, active.latents_BK), w_enc_DF.T, compute)
-    return dx_BD, -(w_enc_DF @ db_enc_F), dw_enc_FD.T, db_enc_F
+    return dx_BD, -(w_enc_DF @ db_enc_F), transposed(dw_enc_FD), db_enc_F
 
 
 topk_codes.defvjp(_topk_codes_forward, _topk_codes_backward)
