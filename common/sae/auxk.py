@@ -21,6 +21,7 @@ from saex_pipe.common.sae.contract import Params, Variant
 from saex_pipe.common.sae.cuts import row_cuts
 from saex_pipe.common.sae.dead import DeadCodes, decode_dead
 from saex_pipe.common.sae.reconstruction import ratio_or_zero, squared_error_and_variance
+from saex_pipe.common.sae.sparse import Slots
 
 
 def auxk_loss(
@@ -33,6 +34,7 @@ def auxk_loss(
     *,
     k: int | None = None,
     stride: int = 1,
+    slots: Slots | None = None,
 ) -> Float[Array, ""]:
     """L_aux of the batch, float32; 0 where no latent is dead.
 
@@ -45,6 +47,7 @@ def auxk_loss(
         compute: of the matmuls.
         k: dead latents per row; None: half the target's width. At most the number of latents.
         stride: only every n-th row is read.
+        slots: of w_enc_DF and w_dec_FD, which get their gradients by way of them; None: they get them directly.
     """
     x_BD, residual_BD = x_BD[::stride], jax.lax.stop_gradient(residual_BD[::stride])
     k = min(k or max(1, residual_BD.shape[1] // 2), dead_F.shape[0])
@@ -59,6 +62,7 @@ def auxk_loss(
     def largest(z_BM: Array, is_dead_M: Array, cut_B1: Array) -> Array:
         return jnp.where(is_dead_M[None] & (z_BM >= cut_B1), z_BM, 0.0)
 
-    recon_BD = decode_dead(variant, params, x_BD, dead_F, DeadCodes(cut, largest), compute, smallest=k)
+    codes_of = DeadCodes(cut, largest)
+    recon_BD = decode_dead(variant, params, x_BD, dead_F, codes_of, compute, smallest=k, slots=slots)
     error, variance = squared_error_and_variance(residual_BD, recon_BD)
     return jnp.minimum(1.0, jnp.sum(dead_F, dtype=jnp.int32) / k) * ratio_or_zero(error, variance)

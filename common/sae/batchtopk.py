@@ -34,6 +34,7 @@ from saex_pipe.common.sae.pairs import Pairs, encoded, pays
 from saex_pipe.common.sae.reconstruction import Reconstruction
 from saex_pipe.common.sae.schedules import k_now
 from saex_pipe.common.sae.select import every_column
+from saex_pipe.common.sae.sparse import Slots
 from saex_pipe.common.sae.straight_through import above
 
 
@@ -79,12 +80,12 @@ class BatchTopK(Variant):
         count = jnp.round(rows * k_now(self.k, self.k_start, self.k_fraction, moment.fraction_done)).astype(jnp.int32)
         sizes = Sizes(rows, target_BD.shape[1], self.latents, self.most)
         product = self._by_pairs if pays(compute, sizes) else self._dense
-        levels, active_F = product(params, x_BD, count, compute)
+        levels, active_F, slots = product(params, x_BD, count, compute)
         bias_BD = jnp.broadcast_to(params["b_dec_D"][None], target_BD.shape)
         bias_BD = self.with_skip(params, x_BD, bias_BD, compute)
         levels = [recon_BD + bias_BD for recon_BD in levels]
         fitted = fit_nested(self.reconstruction, target_BD, levels)
-        auxk = partial(auxk_loss, k=self.k_auxiliary, stride=self.auxiliary_stride)
+        auxk = partial(auxk_loss, k=self.k_auxiliary, stride=self.auxiliary_stride, slots=slots)
         auxiliary = auxk(self, params, x_BD, target_BD - levels[-1], moment.dead_F, compute)
         auxiliary *= self.auxiliary_coefficient
         return LossTerms.of(fitted, active_F, rows, auxiliary=auxiliary)
@@ -105,17 +106,18 @@ class BatchTopK(Variant):
 
     def _dense(
         self, params: Params, x_BD: Array, count: Int[Array, ""], compute: Compute
-    ) -> tuple[list[Array], Int[Array, " F"]]:
-        """Reconstructions of all levels without bias, and on how many rows each latent was active."""
+    ) -> tuple[list[Array], Int[Array, " F"], Slots | None]:
+        """Reconstructions of all levels without bias, on how many rows each latent was active, and the slots of the
+        weights, None where there are none."""
         z_BF = self.pre_activations(params, x_BD, compute)
         scores_BF = self.scores(params, z_BF)
         codes_BF = jnp.where(scores_BF >= cut(scores_BF, count), z_BF, 0.0)
         levels = decode_nested(codes_BF, params["w_dec_FD"], self.level_widths, compute)
-        return levels, rows_above_zero(codes_BF)
+        return levels, rows_above_zero(codes_BF), None
 
     def _by_pairs(
         self, params: Params, x_BD: Array, count: Int[Array, ""], compute: Compute
-    ) -> tuple[list[Array], Int[Array, " F"]]:
+    ) -> tuple[list[Array], Int[Array, " F"], Slots | None]:
         """The same by way of the active latents only."""
         rows = x_BD.shape[0]
         held = jax.lax.stop_gradient(params)
@@ -128,10 +130,12 @@ class BatchTopK(Variant):
         latents_P = places_P % self.latents
         values_P = jnp.where(taken_P, u_BF.reshape(-1)[places_P] + held["b_enc_F"][latents_P], 0.0)
         pairs = Pairs(values_P, places_P // self.latents, latents_P)
-        pairs = pairs._replace(values_P=encoded(x_BD, self.b_pre(params), params["w_enc_DF"], params["b_enc_F"], pairs))
-        levels = decode_nested_pairs(pairs, params["w_dec_FD"], self.level_widths, rows)
+        codes_P, to_enc_FD = encoded(x_BD, self.b_pre(params), params["w_enc_DF"], params["b_enc_F"], pairs)
+        pairs = pairs._replace(values_P=codes_P)
+        levels, to_dec_FD = decode_nested_pairs(pairs, params["w_dec_FD"], self.level_widths, rows)
         positive_P = (values_P > 0).astype(jnp.int32)
-        return levels, jnp.zeros(self.latents, jnp.int32).at[pairs.latents_P].add(positive_P)
+        active_F = jnp.zeros(self.latents, jnp.int32).at[pairs.latents_P].add(positive_P)
+        return levels, active_F, Slots(to_enc_FD, to_dec_FD)
 
     def published_learning_rate(self) -> float:
         """3e-4, that of Bussmann's nested BatchTopK (https://arxiv.org/abs/2503.17547), at every number of latents."""

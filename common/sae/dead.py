@@ -16,9 +16,10 @@ from saex_pipe.common.sae.contract import Params, Variant, latent_axis
 from saex_pipe.common.sae.matmul import centred_matmul, matmul
 from saex_pipe.common.sae.sharded import on_each_device
 from saex_pipe.common.sae.sharding import partition
+from saex_pipe.common.sae.sparse import Slots
 from saex_pipe.common.sae.stack import largest_of_stack
 
-SIZE_STEP = 4  # the numbers of dead latents that are compiled for: smallest, 4 smallest, all latents
+SIZE_STEP = 4  # from one number of dead latents that is compiled for to the next
 
 
 class DeadCodes(NamedTuple):
@@ -40,20 +41,24 @@ def decode_dead(
     compute: Compute,
     *,
     smallest: int,
+    slots: Slots | None = None,
 ) -> Float[Array, "B D_out"]:
     """``codes_of`` the pre-activations of the dead latents times W_dec, float32, without bias; 0 where none is dead.
 
-    It is compiled for M = ``smallest``, four times that and all latents, and the first of them that holds the dead
-    latents runs; of a stack the first that holds those of every SAE. w_enc_DF, b_enc_F, w_dec_FD and
-    ``variant.b_pre`` get a gradient, ``x_BD`` gets none.
+    It is compiled for M = ``smallest``, four times that, and so on up to all latents, and the first of them that holds
+    the dead latents runs; of a stack the first that holds those of every SAE. w_enc_DF, b_enc_F, w_dec_FD and
+    ``variant.b_pre`` get a gradient, the weights by way of their ``slots`` where there are some; ``x_BD`` gets none.
+    Slots are not for a mesh.
     """
     used = {name: params[name] for name in ("w_enc_DF", "b_enc_F", "w_dec_FD")}
+    if slots is not None:
+        used |= {name: jax.lax.stop_gradient(used[name]) for name in ("w_enc_DF", "w_dec_FD")}
     how = _How(codes_of, compute, smallest)
     if compute.mesh is None:
-        return _decode(how, used, variant.b_pre(params), x_BD, dead_F)
+        return _decode(how, used, slots, variant.b_pre(params), x_BD, dead_F)
 
     def own(used: Params, b_pre_D: Array, x_BD: Array, dead_F: Array) -> Array:
-        return jax.lax.psum(_decode(how, used, b_pre_D, x_BD, dead_F), MODEL)
+        return jax.lax.psum(_decode(how, used, None, b_pre_D, x_BD, dead_F), MODEL)
 
     cut = {name: partition(name, leaf.shape, dead_F.shape[0]) for name, leaf in used.items()}
     decode = on_each_device(compute.mesh, own, (cut, P(), P(DATA), P(MODEL)), P(DATA))
@@ -69,19 +74,21 @@ class _How(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(how: _How, used: Params, b_pre_D: Array, x_BD: Array, dead_F: Array) -> Float[Array, "B D_out"]:
+def _decode(
+    how: _How, used: Params, slots: Slots | None, b_pre_D: Array, x_BD: Array, dead_F: Array
+) -> Float[Array, "B D_out"]:
     """On a mesh all but ``b_pre_D`` and ``x_BD`` is of one device's own latents, and so is the result.
 
     Differentiated as it stands, the switch would hand over what every branch keeps for its gradient, zeros for those
     that did not run: 40 ms of a step without dead latents. So the gradient has a switch of its own and computes the
     pre-activations again.
     """
-    return _forward(how, used, b_pre_D, x_BD, dead_F)[0]
+    return _forward(how, used, slots, b_pre_D, x_BD, dead_F)[0]
 
 
 def _forward(
-    how: _How, used: Params, b_pre_D: Array, x_BD: Array, dead_F: Array
-) -> tuple[Array, tuple[Params, Array, Array, Array, Array]]:
+    how: _How, used: Params, slots: Slots | None, b_pre_D: Array, x_BD: Array, dead_F: Array
+) -> tuple[Array, tuple[Params, Slots | None, Array, Array, Array, Array]]:
     rows, width = x_BD.shape[0], used["w_dec_FD"].shape[1]
 
     def none_dead() -> tuple[Array, Array]:
@@ -95,16 +102,19 @@ def _forward(
         return matmul(codes_BM, _of(used, dead)["w_dec_FD"], how.compute.dtype), mark_B1
 
     out_BD, mark_B1 = _switch(how, dead_F, none_dead, some_dead)
-    return out_BD, (used, b_pre_D, x_BD, dead_F, mark_B1)
+    return out_BD, (used, slots, b_pre_D, x_BD, dead_F, mark_B1)
 
 
 def _backward(
-    how: _How, saved: tuple[Params, Array, Array, Array, Array], out_BD: Array
-) -> tuple[Params, Array, Array, Array]:
-    used, b_pre_D, x_BD, dead_F, mark_B1 = saved
+    how: _How, saved: tuple[Params, Slots | None, Array, Array, Array, Array], out_BD: Array
+) -> tuple[Params, Slots | None, Array, Array, Array]:
+    used, slots, b_pre_D, x_BD, dead_F, mark_B1 = saved
+
+    def as_asked(used: Params) -> Params:
+        return used if slots is None else _latents_first(used)
 
     def none_dead() -> tuple[Params, Array]:
-        return jax.tree.map(jnp.zeros_like, (used, b_pre_D))
+        return jax.tree.map(jnp.zeros_like, (as_asked(used), b_pre_D))
 
     def some_dead(size: int) -> tuple[Params, Array]:
         dead, is_dead_M = _first_dead(dead_F, size)
@@ -114,15 +124,20 @@ def _backward(
             codes_BM = how.codes_of.codes(z_BM, is_dead_M, mark_B1)
             return matmul(codes_BM, of_dead["w_dec_FD"], how.compute.dtype)
 
-        gradients, to_b_pre_D = jax.vjp(decode, _of(used, dead), b_pre_D)[1](out_BD)
+        to_dead, to_b_pre_D = jax.vjp(decode, _of(used, dead), b_pre_D)[1](out_BD)
+        gradients = as_asked(to_dead)
         if dead is None:
             return gradients, to_b_pre_D
         # Padding repeats a latent and adds 0 to its gradient.
-        back = {name: jnp.zeros_like(leaf).at[_columns(name, dead)].add(gradients[name]) for name, leaf in used.items()}
-        return back, to_b_pre_D
+        zeros = jax.tree.map(jnp.zeros_like, as_asked(used))
+        return {name: leaf.at[_columns(name, dead)].add(gradients[name]) for name, leaf in zeros.items()}, to_b_pre_D
 
     to_used, to_b_pre_D = _switch(how, dead_F, none_dead, some_dead)
-    return to_used, to_b_pre_D, jnp.zeros_like(x_BD), jnp.zeros(dead_F.shape, jax.dtypes.float0)
+    to_slots = None
+    if slots is not None:
+        to_slots = Slots(to_used["w_enc_FD"], to_used["w_dec_FD"])
+        to_used = jax.tree.map(jnp.zeros_like, used) | {"b_enc_F": to_used["b_enc_F"]}
+    return to_used, to_slots, to_b_pre_D, jnp.zeros_like(x_BD), jnp.zeros(dead_F.shape, jax.dtypes.float0)
 
 
 _decode.defvjp(_forward, _backward)
@@ -131,7 +146,9 @@ _decode.defvjp(_forward, _backward)
 def _switch(how: _How, dead_F: Array, none_dead: Callable[[], Any], some_dead: Callable[[int], Any]) -> Any:
     """The branch for as many latents as are dead."""
     latents, dead_count = dead_F.shape[0], jnp.sum(dead_F, dtype=jnp.int32)
-    sizes = sorted({min(size, latents) for size in (how.smallest, SIZE_STEP * how.smallest, latents)})
+    sizes = [min(how.smallest, latents)]
+    while sizes[-1] < latents:
+        sizes.append(min(SIZE_STEP * sizes[-1], latents))
     most = dead_count if how.compute.mesh is None else jax.lax.pmax(dead_count, MODEL)
     branch = jnp.sum(most > jnp.array([0, *sizes[:-1]]), dtype=jnp.int32)
     return jax.lax.switch(largest_of_stack(branch), [none_dead, *(partial(some_dead, size) for size in sizes)])
@@ -149,6 +166,10 @@ def _of(used: Params, dead_M: Array | None) -> Params:
     if dead_M is None:
         return used
     return {name: leaf[_columns(name, dead_M)] for name, leaf in used.items()}
+
+
+def _latents_first(used: Params) -> Params:
+    return {"w_enc_FD": used["w_enc_DF"].T, "b_enc_F": used["b_enc_F"], "w_dec_FD": used["w_dec_FD"]}
 
 
 def _columns(name: str, dead_M: Array) -> tuple[Any, ...]:

@@ -51,7 +51,8 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
         return over_rows(centred_BD, out_BF, gradient_dtype(compute.dtype))
 
     def sparse(found: Pairs) -> Array:
-        return transposed(by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, w_enc_DF.shape[1]))
+        start_FD = jnp.zeros(w_enc_DF.T.shape, jnp.float32)
+        return transposed(by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, start_FD))
 
     dw_enc_DF = _switch(out_BF, compute, dense, sparse)
     db_pre_D = -(w_enc_DF @ summed(out_BF))
@@ -72,7 +73,7 @@ def decoded(
         codes_BF,
         compute,
         lambda: matmul(codes_BF, w_dec_FD, compute.dtype),
-        lambda found: by_pairs.decoded(found, w_dec_FD, rows),
+        lambda found: by_pairs.decoded(found, w_dec_FD, rows)[0],
     )
 
 
@@ -94,7 +95,8 @@ def _decoded_backward(compute: Compute, held: bool, saved: tuple[Array, Array], 
         to_codes = jnp.zeros_like(codes_BF).at[found.rows_P, found.latents_P].add(dvalues_P)
         if held:
             return (to_codes,)
-        return to_codes, by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, out_BD, w_dec_FD.shape[0])
+        start_FD = jnp.zeros(w_dec_FD.shape, jnp.float32)
+        return to_codes, by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, out_BD, start_FD)
 
     to_codes, *to_weights = _switch(codes_BF, compute, dense, sparse)
     return to_codes, to_weights[0] if to_weights else jnp.zeros_like(w_dec_FD)

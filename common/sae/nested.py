@@ -63,15 +63,15 @@ def _groups_here(codes_BF: Array, w_dec_FD: Array, *, widths: Sequence[int], com
 
 def decode_nested_pairs(
     pairs: Pairs, w_dec_FD: Float[Array, "F D"], widths: Sequence[int], rows: int
-) -> list[Float[Array, "B D"]]:
-    """The same of codes given by their pairs; ``rows`` is B."""
+) -> tuple[list[Float[Array, "B D"]], Float[Array, "F D"]]:
+    """The same of codes given by their pairs, and the slot of W_dec; ``rows`` is B."""
     # A row of the product for each group and batch row.
     group_P = jnp.sum(pairs.latents_P[None] >= jnp.array(widths, jnp.int32)[:, None], axis=0, dtype=jnp.int32)
-    product = decoded(pairs._replace(rows_P=group_P * rows + pairs.rows_P), w_dec_FD, len(widths) * rows)
+    product, slot_FD = decoded(pairs._replace(rows_P=group_P * rows + pairs.rows_P), w_dec_FD, len(widths) * rows)
     levels = [product[:rows]]
     for start in range(rows, len(widths) * rows, rows):
         levels.append(levels[-1] + product[start : start + rows])
-    return levels
+    return levels, slot_FD
 
 
 def fit_nested(kind: Reconstruction, target_BD: Float[Array, "B D"], levels: Sequence[Float[Array, "B D"]]) -> Fit:

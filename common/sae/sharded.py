@@ -5,7 +5,7 @@ device keeps those of its own that are among the k largest. From there on it rea
 its own shard only: reconstructions are sums over ``model``, gradients of weights sums over ``data``. Both follow from
 ``jax.shard_map``, which differentiates through the functions of ``sparse.py`` and their own gradients.
 
-Without a mesh these are the functions of ``sparse.py``.
+Without a mesh these are the functions of ``sparse.py``. With one there are no slots.
 """
 
 from collections.abc import Callable
@@ -39,20 +39,20 @@ def topk_codes(
     b_enc_F: Float[Array, " F"],
     k: int,
     compute: Compute,
-) -> ActiveCodes:
-    """relu of the ``k`` largest entries of each row of ``(x - b_pre) W_enc + b_enc``."""
+) -> tuple[ActiveCodes, Float[Array, "F D"] | None]:
+    """relu of the ``k`` largest entries of each row of ``(x - b_pre) W_enc + b_enc``, and the slot of W_enc."""
     if compute.mesh is None:
         return sparse.topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, k, compute)
 
     def local(x_BD: Array, b_pre_D: Array, w_enc_DF: Array, b_enc_F: Array) -> ActiveCodes:
-        own = sparse.topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, min(k, b_enc_F.shape[0]), compute)
+        own, _ = sparse.topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, min(k, b_enc_F.shape[0]), compute)
         # Both are sorted: what a device keeps comes before what it does not.
         count_B = own_among_largest(own.values_BK, k)
         kept_BK = jnp.arange(own.values_BK.shape[1], dtype=jnp.int32)[None] < count_B[:, None]
         return ActiveCodes(jnp.where(kept_BK, own.values_BK, 0.0), own.latents_BK + _first_latent(b_enc_F))
 
     in_specs = P(DATA), P(), P(None, MODEL), P(MODEL)
-    return on_each_device(compute.mesh, local, in_specs, ACTIVE)(x_BD, b_pre_D, w_enc_DF, b_enc_F)
+    return on_each_device(compute.mesh, local, in_specs, ACTIVE)(x_BD, b_pre_D, w_enc_DF, b_enc_F), None
 
 
 def own_among_largest(values_BK: Float[Array, "B K"], k: int) -> Int[Array, " B"]:
@@ -63,16 +63,18 @@ def own_among_largest(values_BK: Float[Array, "B K"], k: int) -> Int[Array, " B"
     return jnp.sum(own_BK, axis=1, dtype=jnp.int32)
 
 
-def decode_active(active: ActiveCodes, w_dec_FD: Float[Array, "F D"], compute: Compute) -> Float[Array, "B D"]:
-    """``codes_BF @ w_dec_FD`` of codes given by their active latents."""
+def decode_active(
+    active: ActiveCodes, w_dec_FD: Float[Array, "F D"], compute: Compute
+) -> tuple[Float[Array, "B D"], Float[Array, "F D"] | None]:
+    """``codes_BF @ w_dec_FD`` of codes given by their active latents, and the slot of W_dec."""
     if compute.mesh is None:
         return sparse.decode_active(active, w_dec_FD, compute)
 
     def local(active: ActiveCodes, w_dec_FD: Array) -> Array:
         own = ActiveCodes(active.values_BK, active.latents_BK - _first_latent(w_dec_FD))
-        return jax.lax.psum(sparse.decode_active(own, w_dec_FD, compute), MODEL)
+        return jax.lax.psum(sparse.decode_active(own, w_dec_FD, compute)[0], MODEL)
 
-    return on_each_device(compute.mesh, local, (ACTIVE, P(MODEL)), P(DATA))(active, w_dec_FD)
+    return on_each_device(compute.mesh, local, (ACTIVE, P(MODEL)), P(DATA))(active, w_dec_FD), None
 
 
 def dense_codes(active: ActiveCodes, latents: int, compute: Compute) -> Float[Array, "B F"]:

@@ -23,7 +23,7 @@ from saex_pipe.common.sae.initial import Initial
 from saex_pipe.common.sae.reconstruction import Reconstruction, fit
 from saex_pipe.common.sae.schedules import k_now
 from saex_pipe.common.sae.sharded import decode_active, dense_codes, rows_active, topk_codes
-from saex_pipe.common.sae.sparse import ActiveCodes
+from saex_pipe.common.sae.sparse import ActiveCodes, Slots
 
 
 @variant(swept=("auxiliary_coefficient",))
@@ -48,7 +48,10 @@ class TopK(Variant):
     ) -> ActiveCodes:
         """The k (None: that of a trained SAE) active latents of each row and their codes, largest first; on a mesh as
         ``sharded.ACTIVE`` says."""
-        return topk_codes(x_BD, self.b_pre(params), params["w_enc_DF"], params["b_enc_F"], k or self.k, compute)
+        return self._active(params, x_BD, compute, k or self.k)[0]
+
+    def _active(self, params: Params, x_BD: Array, compute: Compute, k: int) -> tuple[ActiveCodes, Array | None]:
+        return topk_codes(x_BD, self.b_pre(params), params["w_enc_DF"], params["b_enc_F"], k, compute)
 
     def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
         """Codes of the rows: k entries per row may be positive, the others are 0."""
@@ -58,11 +61,13 @@ class TopK(Variant):
         self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN
     ) -> Float[Array, "B D_out"]:
         """``decode(encode(x))``, by way of the active latents only."""
-        return self._decoded(params, x_BD, self.active(params, x_BD, compute), compute)
+        return self._decoded(params, x_BD, self.active(params, x_BD, compute), compute)[0]
 
-    def _decoded(self, params: Params, x_BD: Array, active: ActiveCodes, compute: Compute) -> Float[Array, "B D_out"]:
-        recon_BD = decode_active(active, params["w_dec_FD"], compute) + params["b_dec_D"][None]
-        return self.with_skip(params, x_BD, recon_BD, compute)
+    def _decoded(
+        self, params: Params, x_BD: Array, active: ActiveCodes, compute: Compute
+    ) -> tuple[Float[Array, "B D_out"], Array | None]:
+        decoded_BD, to_dec_FD = decode_active(active, params["w_dec_FD"], compute)
+        return self.with_skip(params, x_BD, decoded_BD + params["b_dec_D"][None], compute), to_dec_FD
 
     def loss(
         self,
@@ -73,8 +78,8 @@ class TopK(Variant):
         compute: Compute = PLAIN,
     ) -> tuple[Float[Array, ""], LossTerms]:
         """Loss of one batch. ``sparsity_scale`` has nothing to scale here: k fixes the sparsity."""
-        active = self._active_now(params, x_BD, moment, compute)
-        recon_BD = self._decoded(params, x_BD, active, compute)
+        active, to_enc_FD = self._active_now(params, x_BD, moment, compute)
+        recon_BD, to_dec_FD = self._decoded(params, x_BD, active, compute)
         fitted = fit(self.reconstruction, target_BD, recon_BD)
         auxiliary = self.auxiliary_coefficient * auxk_loss(
             self,
@@ -85,19 +90,22 @@ class TopK(Variant):
             compute,
             k=self.k_auxiliary,
             stride=self.auxiliary_stride,
+            slots=None if to_enc_FD is None or to_dec_FD is None else Slots(to_enc_FD, to_dec_FD),
         )
         active_F = rows_active(active, self.latents, compute)
         return LossTerms.of(fitted, active_F, x_BD.shape[0], auxiliary=auxiliary)
 
-    def _active_now(self, params: Params, x_BD: Array, moment: Moment, compute: Compute) -> ActiveCodes:
+    def _active_now(
+        self, params: Params, x_BD: Array, moment: Moment, compute: Compute
+    ) -> tuple[ActiveCodes, Array | None]:
         """The active latents at the k of the moment; those of higher rank have codes of 0."""
         if self.k_start is None or self.k_start == self.k:
-            return self.active(params, x_BD, compute)
-        active = self.active(params, x_BD, compute, max(self.k, self.k_start))
+            return self._active(params, x_BD, compute, self.k)
+        active, slot_FD = self._active(params, x_BD, compute, max(self.k, self.k_start))
         k = jnp.round(k_now(self.k, self.k_start, self.k_fraction, moment.fraction_done)).astype(jnp.int32)
         ordered_BK = jnp.sort(jax.lax.stop_gradient(active.values_BK), axis=1, descending=True)  # on a mesh it is not
         last_B1 = jax.lax.dynamic_slice_in_dim(ordered_BK, k - 1, 1, axis=1)
-        return active._replace(values_BK=jnp.where(active.values_BK >= last_B1, active.values_BK, 0.0))
+        return active._replace(values_BK=jnp.where(active.values_BK >= last_B1, active.values_BK, 0.0)), slot_FD
 
     def published_learning_rate(self) -> float:
         """2e-4 at 2^14 latents, falling with the square root of their number (Gao et al. 2024, section 3)."""

@@ -171,7 +171,7 @@ def topk_parts(shape: Shape, dtype: ComputeDtype) -> list[Part]:
     select = jax.jit(lambda z: top_k(z, shape.k))
     active = ActiveCodes(*select(z_BF))
     decode = jax.jit(decode_active)
-    decoder_gradient = jax.jit(lambda a, w, out: jax.vjp(decode_active, a, w)[1](out))
+    decoder_gradient = jax.jit(lambda a, w, out: jax.vjp(lambda a, w: decode_active(a, w)[0], a, w)[1](out))
     compute, plain = Compute(dtype=dtype), Moment.plain(shape.latents)
     half_dead = plain._replace(dead_F=jnp.arange(shape.latents) % 2 == 0)
     gradient = jax.jit(jax.grad(lambda p, moment: variant.loss(p, x_BD, x_BD, moment, compute)[0]))

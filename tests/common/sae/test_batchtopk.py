@@ -94,16 +94,18 @@ def test_products_of_pairs_and_their_gradients_equal_dense_ones() -> None:
     w_FD, weight_BD = (rng.normal(size=(n, 5)).astype(np.float32) for n in (40, ROWS))
     codes_BF = np.zeros((ROWS, 40))
     codes_BF[places // 40, places % 40] = values_P
+    more_FD = rng.normal(size=(40, 5)).astype(np.float32)
 
     def total(values_P: jax.Array, w_FD: jax.Array) -> jax.Array:
         pairs = Pairs(values_P, jnp.asarray(places // 40), jnp.asarray(places % 40))
-        return jnp.sum(weight_BD * decoded(pairs, w_FD, ROWS))
+        decoded_BD, slot_FD = decoded(pairs, w_FD, ROWS)
+        return jnp.sum(weight_BD * decoded_BD) + jnp.sum(more_FD * slot_FD)
 
     value, (dvalues_P, dw_FD) = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(
         jnp.asarray(values_P), jnp.asarray(w_FD)
     )
     assert float(value) == pytest.approx((weight_BD * (codes_BF @ w_FD)).sum(), rel=1e-5)
-    np.testing.assert_allclose(dw_FD, codes_BF.T @ weight_BD, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw_FD, more_FD + codes_BF.T @ weight_BD, rtol=1e-5, atol=1e-5)
     expected_P = (weight_BD.astype(np.float64) @ w_FD.T)[places // 40, places % 40]
     np.testing.assert_allclose(dvalues_P, expected_P, rtol=1e-5, atol=1e-5)
 

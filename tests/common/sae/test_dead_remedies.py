@@ -18,6 +18,7 @@ from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.relu import Relu
+from saex_pipe.common.sae.sparse import Slots
 from saex_pipe.common.sae.sparsity_threshold import starving_loss
 from saex_pipe.common.sae.train_step import StepSettings, init_state, make_step
 from saex_pipe.common.sae.variants import build
@@ -189,10 +190,30 @@ def test_ghost_gradients_of_a_dense_variant_are_in_the_unit_of_its_reconstructio
     assert np.abs(gradients[0] - gradients[1]).max() > 1e-3 * np.abs(gradients[0]).max()
 
 
+@pytest.mark.parametrize("dead", [0, 1, 8, 9, 32, 33, LATENTS])  # sizes that are compiled for: 8, 32, all
+def test_auxk_by_way_of_slots_gives_the_weights_the_same_gradients(dead: int) -> None:
+    params, x_BD, residual_BD = parameters()
+    slots = Slots(jnp.zeros((LATENTS, WIDTH)), jnp.zeros((LATENTS, WIDTH)))
+
+    def loss(params: Params, slots: Slots | None) -> jax.Array:
+        given = jnp.float32(x_BD), jnp.float32(residual_BD), jnp.arange(LATENTS) < dead
+        return auxk_loss(RELU, params, *given, PLAIN, k=8, slots=slots)
+
+    gradients = jax.jit(jax.grad(loss), compiler_options=QUICK)(in_float32(params), None)
+    others, by_slots = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)(in_float32(params), slots)
+    assert bool(gradients["w_enc_DF"].any()) == bool(gradients["w_dec_FD"].any()) == (dead > 0)
+    assert not others["w_enc_DF"].any()
+    assert not others["w_dec_FD"].any()
+    joined = {**others, "w_enc_DF": by_slots.w_enc_FD.T, "w_dec_FD": by_slots.w_dec_FD}
+    for name, expected in gradients.items():
+        np.testing.assert_allclose(joined[name], expected, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("name", "remedy", "revives"),
     [
         ("relu", "none", False),
+        ("relu", "auxk", True),
         ("p_annealing", "sparsity_threshold", True),
     ],
 )

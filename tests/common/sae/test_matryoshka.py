@@ -42,7 +42,9 @@ def test_levels_and_their_gradients_equal_decoding_each_by_itself() -> None:
         return decode_nested(codes_BF, w_dec_FD, WIDTHS, PLAIN)
 
     def by_pairs(values_P: jax.Array, w_dec_FD: jax.Array) -> list[jax.Array]:
-        return decode_nested_pairs(Pairs(values_P, rows_P, latents_P), w_dec_FD, WIDTHS, ROWS)
+        levels, slot_FD = decode_nested_pairs(Pairs(values_P, rows_P, latents_P), w_dec_FD, WIDTHS, ROWS)
+        assert slot_FD.shape == w_dec_FD.shape
+        return levels
 
     each = [codes_BF[:, :width].astype(np.float64) @ w_dec_FD[:width] for width in WIDTHS]
     # Of sum_g weights_g (codes W)_g: a latent has the weights of all levels that hold it.

@@ -135,7 +135,7 @@ def test_the_chosen_latents_are_those_of_one_device(selection: str) -> None:
     k, b_pre_D = 14, np.zeros(WIDTH, np.float32)
     for bias_F in (b_enc_F, 0.1 * random.standard_normal(LATENTS).astype(np.float32)):
         codes = jax.jit(partial(topk_codes, k=k, compute=Compute(mesh=make_mesh(4), selection=selection)))
-        values_BK, latents_BK = (np.asarray(leaf) for leaf in codes(x_BD, b_pre_D, w_enc_DF, bias_F))
+        values_BK, latents_BK = (np.asarray(leaf) for leaf in codes(x_BD, b_pre_D, w_enc_DF, bias_F)[0])
         z_BF = np.maximum(x_BD.astype(np.float64) @ w_enc_DF + bias_F, 0)
         found_BF = np.zeros_like(z_BF)
         np.put_along_axis(found_BF, latents_BK, values_BK, axis=1)
@@ -147,7 +147,7 @@ def test_the_chosen_latents_are_those_of_one_device(selection: str) -> None:
 def test_each_device_holds_and_chooses_among_its_own() -> None:
     mesh = make_mesh(4)
     arguments = jnp.ones((64, WIDTH)), jnp.zeros(WIDTH), jnp.ones((WIDTH, LATENTS)), jnp.arange(float(LATENTS))
-    active: ActiveCodes = jax.jit(partial(topk_codes, k=3, compute=Compute(mesh=mesh)))(*arguments)
+    active: ActiveCodes = jax.jit(partial(topk_codes, k=3, compute=Compute(mesh=mesh)))(*arguments)[0]
     assert active.values_BK.shape == (64, 4 * 3)
     assert active.values_BK.sharding.spec == P("data", "model")
     np.testing.assert_array_equal(np.asarray(active.latents_BK[0]) // 12, np.repeat(np.arange(4), 3))

@@ -88,7 +88,7 @@ def test_decoding_and_its_gradients_through_the_kernels(monkeypatch: pytest.Monk
         )
 
     def loss(values_BK: jax.Array, w_dec_FD: jax.Array) -> jax.Array:
-        decoded_BD = decode_active(ActiveCodes(values_BK, latents_BK), w_dec_FD, Compute(codes="sparse"))
+        decoded_BD = decode_active(ActiveCodes(values_BK, latents_BK), w_dec_FD, Compute(codes="sparse"))[0]
         return jnp.sum(weight_BD * jnp.square(decoded_BD))
 
     dvalues_BK, dw_dec_FD = jax.jit(jax.grad(loss, argnums=(0, 1)))(values_BK, w_dec_FD)
@@ -159,9 +159,8 @@ def test_decoding_on_a_mesh_takes_the_kernels(name: str, kernels: int) -> None:
     w_dec_FD = array(jnp.float32, (65536, 1024), PartitionSpec("model"))
 
     def loss(values_BK: jax.Array, latents_BK: jax.Array, w_dec_FD: jax.Array) -> jax.Array:
-        return jnp.sum(
-            jnp.square(sharded.decode_active(ActiveCodes(values_BK, latents_BK), w_dec_FD, Compute(mesh=mesh)))
-        )
+        decoded_BD, _ = sharded.decode_active(ActiveCodes(values_BK, latents_BK), w_dec_FD, Compute(mesh=mesh))
+        return jnp.sum(jnp.square(decoded_BD))
 
     lowered = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(*active, w_dec_FD)
     assert lowered.as_text().count("tpu_custom_call") == kernels

@@ -49,8 +49,9 @@ def test_products_equal_dense_ones(rows: int, width: int) -> None:
         **close,
     )
     runs = runs_by_latent(active.latents_BK, LATENTS)
-    sums_FD = scatter_sum(active.values_BK, runs, jnp.asarray(x_BD), LATENTS)
-    np.testing.assert_allclose(sums_FD, codes_BF.T @ x_BD, **close)
+    start_FD = normal(3, LATENTS, width)
+    sums_FD = scatter_sum(active.values_BK, runs, jnp.asarray(x_BD), jnp.asarray(start_FD))
+    np.testing.assert_allclose(sums_FD, start_FD + codes_BF.T @ x_BD, **close)
 
 
 def test_runs_hold_every_pair_once_and_one_latent_each() -> None:
@@ -72,7 +73,9 @@ def test_a_stack_adds_its_runs_up_in_place() -> None:
     x_BD = jnp.asarray(normal(2, ROWS, WIDTH))
 
     def sums(active: ActiveCodes) -> jax.Array:
-        return scatter_sum(active.values_BK, runs_by_latent(active.latents_BK, LATENTS), x_BD, LATENTS)
+        return scatter_sum(
+            active.values_BK, runs_by_latent(active.latents_BK, LATENTS), x_BD, jnp.zeros((LATENTS, WIDTH))
+        )
 
     assert runs_by_latent(one.latents_BK, LATENTS).used != runs_by_latent(other.latents_BK, LATENTS).used
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, other)
@@ -84,23 +87,29 @@ def test_a_stack_adds_its_runs_up_in_place() -> None:
 @pytest.mark.parametrize("latents", [LATENTS, 64 * GROUP])  # one selection, and two
 @pytest.mark.parametrize("codes", ["sparse", "dense"])
 def test_autoencoder_and_gradients_equal_those_of_masked_codes(latents: int, codes: str) -> None:
+    """Also with gradients of the weights that come by way of their slots."""
     compute = Compute(codes=codes)
     x_BD, b_pre_D = normal(4, ROWS, WIDTH), normal(5, WIDTH)
     b_enc_F = normal(6, latents) - 6  # so low that of 40 latents some of the chosen ones are below 0
     w_enc_DF, w_dec_FD, weight_BD = normal(7, WIDTH, latents), normal(8, latents, WIDTH), normal(9, ROWS, WIDTH)
 
+    more_enc_FD, more_dec_FD = normal(10, latents, WIDTH), normal(11, latents, WIDTH)
+
     def sparse(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
-        active = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, K, compute)
-        return jnp.sum(weight_BD * jnp.square(decode_active(active, w_dec_FD, compute)))
+        active, to_enc_FD = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, K, compute)
+        decoded_BD, to_dec_FD = decode_active(active, w_dec_FD, compute)
+        more = jnp.sum(more_enc_FD * to_enc_FD) + jnp.sum(more_dec_FD * to_dec_FD)
+        return more + jnp.sum(weight_BD * jnp.square(decoded_BD))
 
     def dense(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
         z_BF = (x_BD - b_pre_D[None]) @ w_enc_DF + b_enc_F[None]
         kth_B1 = jnp.sort(z_BF, axis=1)[:, -K, None]
         codes_BF = jnp.where(z_BF >= kth_B1, jax.nn.relu(z_BF), 0.0)
-        return jnp.sum(weight_BD * jnp.square(codes_BF @ w_dec_FD))
+        more = jnp.sum(more_enc_FD.T * w_enc_DF) + jnp.sum(more_dec_FD * w_dec_FD)
+        return more - jax.lax.stop_gradient(more) + jnp.sum(weight_BD * jnp.square(codes_BF @ w_dec_FD))
 
     arguments = tuple(jnp.asarray(a) for a in (x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD))
-    below_zero = topk_codes(*arguments[:4], K, PLAIN).values_BK == 0
+    below_zero = topk_codes(*arguments[:4], K, PLAIN)[0].values_BK == 0
     assert below_zero.any() == (latents == LATENTS)
     ours = jax.jit(jax.value_and_grad(sparse, argnums=(0, 1, 2, 3, 4))).lower(*arguments)
     # Encoder, gradient of b_pre, gradient to the codes; or densely, with the decoder and four gradients.
