@@ -60,13 +60,15 @@ def start(variant: Variant, seed: int = 0) -> Params:
 
 
 def test_loss_and_gradients_by_pairs_equal_the_dense_ones(toy_rows: Callable[..., jax.Array]) -> None:
-    """Of a stack of two SAEs with three levels and free decoder rows: all there is at once, as each compiles long."""
+    """Of a stack of two SAEs with three levels, free decoder rows and dead latents: all there is at once, as each
+    compiles long."""
     variant = build(
         "matryoshka_batchtopk", LATENTS, k=4, levels=(9, 300), decoder_rows="free", rank_by_decoder_norm=True
     )
-    x_BD, at = toy_rows(0, ROWS), Moment.plain(LATENTS)
+    x_BD, latents_F = toy_rows(0, ROWS), jnp.arange(LATENTS)
+    at = Moment.plain(LATENTS)._replace(dead_F=(latents_F > 5) & (latents_F < 12))
     few = start(variant, 1)  # fifteen latents can be active: fewer codes are positive than asked for
-    few["b_enc_F"] = jnp.where(jnp.arange(LATENTS) < 15, few["b_enc_F"] - 0.5, -100.0)
+    few["b_enc_F"] = jnp.where(latents_F < 15, few["b_enc_F"] - 0.5, -100.0)
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), start(variant, 0), few)
 
     def loss(codes: Any) -> Callable:
@@ -79,6 +81,7 @@ def test_loss_and_gradients_by_pairs_equal_the_dense_ones(toy_rows: Callable[...
     (_, terms), gradients = by_pairs
     enough, fewer = np.asarray(terms.active_F).sum(axis=1)
     assert 0 < fewer < enough == 4 * ROWS
+    assert (np.asarray(terms.auxiliary) > 1e-4).all()
     np.testing.assert_array_equal(terms.active_F, dense[0][1].active_F)
     np.testing.assert_allclose(terms.total, dense[0][0], rtol=1e-5)
     for key, leaf in dense[1].items():

@@ -8,7 +8,7 @@ import pytest
 from saex_pipe.common.sae import few
 from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero, scaled, shifted, summed
 from saex_pipe.common.sae.compute import PLAIN, Compute
-from saex_pipe.common.sae.matmul import over_rows
+from saex_pipe.common.sae.matmul import over_rows, transposed
 
 ROWS, WIDTH, LATENTS = 16, 24, 1024
 LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32, 64 and 128 entries
@@ -126,3 +126,12 @@ def test_products_over_rows_on_one_device(
     close(product(a_BM, b_BP, dtype), a_BM.T @ b_BP)
     stacked = jax.jit(jax.vmap(lambda a, b: over_rows(a, b, dtype)))(np.stack([a_BM] * 2), np.stack([b_BP, -b_BP]))
     close(stacked[1], -a_BM.T @ b_BP)
+
+
+@pytest.mark.parametrize("shape", [(96, 40), (97, 40)])  # in blocks of 32 rows, and as it is
+def test_gradients_are_transposed_on_one_device(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    a_MN = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    np.testing.assert_array_equal(jax.jit(lambda a: transposed(a))(a_MN), a_MN.T)
+    stacked_SMN = np.stack([a_MN, -a_MN])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(transposed))(stacked_SMN), stacked_SMN.swapaxes(1, 2))
