@@ -27,7 +27,7 @@ from saex_pipe.common.sae.batch_sums import rows_above_zero
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.crossover import Sizes
-from saex_pipe.common.sae.initial import DataStats, Initial
+from saex_pipe.common.sae.initial import FOR_LARGEST, DataStats, Initial
 from saex_pipe.common.sae.matmul import centred_matmul
 from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs, fit_nested
 from saex_pipe.common.sae.pairs import Pairs, encoded, pays
@@ -51,8 +51,7 @@ class BatchTopK(Variant):
     auxiliary_stride: int = 1  # the auxiliary loss reads every n-th row
     decoder_rows: DecoderRows = "unit"
     reconstruction: Reconstruction = "variance_normalised"
-    # Sums of the largest of random directions are about twice as long as what fits the input best.
-    initial: Initial = Initial(encoder_norm=0.5)
+    initial: Initial = FOR_LARGEST
 
     @property
     def level_widths(self) -> tuple[int, ...]:

@@ -10,6 +10,9 @@ https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resamp
 
 with sg = no gradient. L is 0 where no latent is dead. With ``by_share`` it is multiplied by the share of dead latents,
 as in saex, so that a few dead latents do not weigh as much as the whole reconstruction.
+
+Since g is brought to a set length, h = exp is indifferent to a shift of all dead latents: they learn which rows to fire
+on, but a bias that has buried all of them alike does not come back. Resampling or AuxK help there.
 """
 
 from typing import Literal

@@ -70,6 +70,10 @@ class Initial:
         return self.decoder_bias == "geometric_median" or self.encoder_bias == "firing_share"
 
 
+# Sums of the largest of random directions are about twice as long as what fits the input best.
+FOR_LARGEST = Initial(encoder_norm=0.5)
+
+
 def initial_params(
     initial: Initial,
     key: PRNGKeyArray,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from saex_pipe.common.sae.auxk import auxk_loss
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
-from saex_pipe.common.sae.initial import Initial
+from saex_pipe.common.sae.initial import FOR_LARGEST, Initial
 from saex_pipe.common.sae.reconstruction import Reconstruction, fit
 from saex_pipe.common.sae.schedules import k_now
 from saex_pipe.common.sae.sharded import decode_active, dense_codes, rows_active, topk_codes
@@ -40,8 +40,7 @@ class TopK(Variant):
     auxiliary_stride: int = 1
     decoder_rows: DecoderRows = "unit"
     reconstruction: Reconstruction = "variance_normalised"
-    # Sums of the largest of random directions are about twice as long as what fits the input best.
-    initial: Initial = Initial(encoder_norm=0.5)
+    initial: Initial = FOR_LARGEST
 
     def active(
         self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute, k: int | None = None
