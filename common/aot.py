@@ -7,6 +7,7 @@ itself: libtpu is told not to look for any.
 import os
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -122,7 +123,10 @@ def compile_ahead(lowered: jax.stages.Lowered, *, remedy: str) -> Compiled:
     """
     started = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():
+            # What JAX's folder of compiled programs holds cannot be read back without a TPU; it is compiled anew.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _out_of_memory(error, remedy) from None
     seconds = time.perf_counter() - started

@@ -51,6 +51,16 @@ def test_every_mesh_of_a_large_slice_can_be_made():
 
 
 @needs_libtpu
+def test_a_program_that_the_folder_of_compiled_ones_holds_is_compiled_anew():
+    mesh = make_mesh(4, devices=topology("v5e:2x4").devices)
+    found = []
+    for _ in range(2):
+        jax.clear_caches()  # of this process, not the suite's folder
+        found.append(compile_ahead(jax.jit(two_matmuls).lower(*cut_over_model(mesh, 256)), remedy=""))
+    assert found[0].peak_bytes == found[1].peak_bytes > 0
+
+
+@needs_libtpu
 def test_the_report_is_of_one_chip():
     mesh = make_mesh(4, devices=topology("v5e:2x4").devices)
     compiled = compile_ahead(jax.jit(two_matmuls).lower(*cut_over_model(mesh, 512)), remedy="")
