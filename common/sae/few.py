@@ -51,7 +51,7 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
         return over_rows(centred_BD, out_BF, gradient_dtype(compute.dtype))
 
     def sparse(found: Pairs) -> Array:
-        start_FD = jnp.zeros(w_enc_DF.T.shape, jnp.float32)
+        start_FD = jnp.zeros_like(w_enc_DF.T)
         return transposed(by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, centred_BD, start_FD))
 
     dw_enc_DF = _switch(out_BF, compute, dense, sparse)
@@ -95,7 +95,7 @@ def _decoded_backward(compute: Compute, held: bool, saved: tuple[Array, Array], 
         to_codes = jnp.zeros_like(codes_BF).at[found.rows_P, found.latents_P].add(dvalues_P)
         if held:
             return (to_codes,)
-        start_FD = jnp.zeros(w_dec_FD.shape, jnp.float32)
+        start_FD = jnp.zeros_like(w_dec_FD)
         return to_codes, by_pairs.sum_by(found.latents_P, found.values_P, found.rows_P, out_BD, start_FD)
 
     to_codes, *to_weights = _switch(codes_BF, compute, dense, sparse)

@@ -42,7 +42,7 @@ def encoded(
 ) -> tuple[Float[Array, " P"], Float[Array, "F D"]]:
     """``pairs.values_P``, known to be entries of ``(x - b_pre) W_enc + b_enc``, with their gradients, and the slot of
     W_enc."""
-    return pairs.values_P, sparse.slot_of(w_enc_DF.T)
+    return pairs.values_P, jnp.zeros_like(w_enc_DF.T)
 
 
 def _encoded_forward(
@@ -61,7 +61,7 @@ def _encoded_backward(
     dw_enc_FD = sum_by(pairs.latents_P, dz_P, pairs.rows_P, centred_BD, start_FD)
     db_enc_F = jnp.zeros(latents, jnp.float32).at[pairs.latents_P].add(dz_P)
     # The compiler drops dx where nobody asks for it, as in training.
-    dx_BD = sum_by(pairs.rows_P, dz_P, pairs.latents_P, w_enc_DF.T, jnp.zeros(x_BD.shape, jnp.float32))
+    dx_BD = sum_by(pairs.rows_P, dz_P, pairs.latents_P, w_enc_DF.T, jnp.zeros_like(x_BD))
     no_gradient = jnp.zeros(pairs.rows_P.shape, jax.dtypes.float0)
     unused = Pairs(jnp.zeros_like(pairs.values_P), no_gradient, no_gradient)
     return dx_BD, -(w_enc_DF @ db_enc_F), transposed(dw_enc_FD), db_enc_F, unused
@@ -74,7 +74,7 @@ encoded.defvjp(_encoded_forward, _encoded_backward)
 def decoded(pairs: Pairs, w_dec_FD: Float[Array, "F D"], rows: int) -> tuple[Float[Array, "B D"], Float[Array, "F D"]]:
     """``codes_BF @ w_dec_FD`` of codes given by their pairs, and the slot of W_dec; ``rows`` is B."""
     start_BD = jnp.zeros((rows, w_dec_FD.shape[1]), jnp.float32)
-    return sum_by(pairs.rows_P, pairs.values_P, pairs.latents_P, w_dec_FD, start_BD), sparse.slot_of(w_dec_FD)
+    return sum_by(pairs.rows_P, pairs.values_P, pairs.latents_P, w_dec_FD, start_BD), jnp.zeros_like(w_dec_FD)
 
 
 def _decoded_forward(pairs: Pairs, w_dec_FD: Array, rows: int) -> tuple[tuple[Array, Array], tuple[Pairs, Array]]:

@@ -221,11 +221,6 @@ def _scatter(active: ActiveCodes, rows_BD: Array, start_FD: Array, compute: Comp
     return scatter_sum(active.values_BK, runs_by_latent(active.latents_BK, latents), rows_BD, start_FD)
 
 
-def slot_of(w_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
-    """Zeros for a weight, latents first."""
-    return jnp.zeros(w_FD.shape, jnp.float32)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def topk_codes(
     x_BD: Float[Array, "B D"],
@@ -238,7 +233,7 @@ def topk_codes(
     """relu of the ``k`` largest entries of each row of ``(x - b_pre) W_enc + b_enc``, and the slot of W_enc."""
     u_BF = matmul(x_BD - b_pre_D[None], w_enc_DF, compute.dtype)
     values_BK, latents_BK = largest(u_BF, k, compute, lambda u, pick: u + pick(b_enc_F))
-    return ActiveCodes(jax.nn.relu(values_BK), latents_BK), slot_of(w_enc_DF.T)
+    return ActiveCodes(jax.nn.relu(values_BK), latents_BK), jnp.zeros_like(w_enc_DF.T)
 
 
 def _topk_codes_forward(
@@ -269,7 +264,7 @@ def decode_active(
     active: ActiveCodes, w_dec_FD: Float[Array, "F D"], compute: Compute = PLAIN
 ) -> tuple[Float[Array, "B D"], Float[Array, "F D"]]:
     """``codes_BF @ w_dec_FD`` of codes given by their active latents, and the slot of W_dec."""
-    return _sum(active, w_dec_FD, compute), slot_of(w_dec_FD)
+    return _sum(active, w_dec_FD, compute), jnp.zeros_like(w_dec_FD)
 
 
 def _decode_forward(
