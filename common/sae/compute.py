@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 from jax.sharding import Mesh
+
+from saex_pipe.common.peak import tpu_kind
 
 # What matmuls read. They accumulate in float32 (int8: int32, then float32); weights and statistics stay float32.
 ComputeDtype = Literal["float32", "bfloat16", "int8"]
@@ -25,6 +28,11 @@ class Compute:
     selection: Literal["exact", "approximate"] = "exact"  # of the largest latents of a row
     recall: float = 0.95  # expected share of the true ones among those selected approximately
     mesh: Mesh | None = None  # latents lie over its ``model`` axis, rows over ``data``; None: one device
+
+    @property
+    def tpu(self) -> str | None:
+        """The kind of TPU that it runs on, a key of ``aot.CHIPS``; None where that is none, or an unknown one."""
+        return tpu_kind(jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0])
 
 
 PLAIN = Compute()

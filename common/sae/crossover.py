@@ -23,10 +23,7 @@ beyond their bytes is not in it: no TPU was at hand.
 
 from typing import Literal, NamedTuple
 
-import jax
-
 from saex_pipe.common.aot import CHIPS
-from saex_pipe.common.peak import tpu_kind
 from saex_pipe.common.sae.compute import Compute
 
 Product = Literal["sum", "dot", "scatter"]
@@ -59,10 +56,9 @@ def way(product: Product, sizes: Sizes, compute: Compute, *, kernel: bool) -> Wa
         compute: whose mesh, or else JAX's first device, says where it runs.
         kernel: whether there is a kernel that takes these arrays.
     """
-    device = jax.devices()[0] if compute.mesh is None else compute.mesh.devices.flat[0]
-    kind = tpu_kind(device)
     if compute.codes == "dense":
         return "dense"
+    kind = compute.tpu
     if kind is None:
         few = sizes.active * CPU_LATENTS_PER_ACTIVE <= sizes.latents
         return "gather" if few or compute.codes == "sparse" else "dense"

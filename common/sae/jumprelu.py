@@ -39,14 +39,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from saex_pipe.common.sae.batch_sums import rows_above_zero, scaled, shifted
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.reconstruction import Fit, fit
-from saex_pipe.common.sae.straight_through import above, jump, rows_above
+from saex_pipe.common.sae.straight_through import above, jump, near, rows_above
 
 JumpReluForm = Literal["l0", "tanh", "target_l0"]
 
@@ -132,15 +132,25 @@ class JumpRelu(Variant):
         """Loss of one batch."""
         z_BF = self.pre_activations(params, x_BD, compute)
         codes_BF = jump(z_BF, params["threshold_F"], self.bandwidth, self.jumprelu_form == "tanh")
-        fitted = self.fitted(params, x_BD, target_BD, codes_BF, compute)
+        near_BF = near(z_BF, params["threshold_F"], self.bandwidth)
+        fitted = self.fitted(params, x_BD, target_BD, codes_BF, near_BF, compute)
         sparsity = moment.sparsity_scale * self.sparsity_coefficient * self._penalty(params, z_BF, codes_BF)
         auxiliary = self._pull(params, z_BF, moment.dead_F)
         active_F = rows_above_zero(codes_BF)
         return LossTerms.of(fitted, active_F, x_BD.shape[0], sparsity=sparsity, auxiliary=auxiliary)
 
-    def fitted(self, params: Params, x_BD: Array, target_BD: Array, codes_BF: Array, compute: Compute) -> Fit:
-        """How well the codes reconstruct the target, as it enters the loss."""
-        recon_BD = self.with_skip(params, x_BD, self.decode_few(params, codes_BF, compute), compute)
+    def fitted(
+        self,
+        params: Params,
+        x_BD: Float[Array, "B D_in"],
+        target_BD: Float[Array, "B D_out"],
+        codes_BF: Float[Array, "B F"],
+        near_BF: Bool[Array, "B F"],
+        compute: Compute,
+    ) -> Fit:
+        """How well the codes reconstruct the target, as it enters the loss; those near a threshold get a gradient."""
+        recon_BD = self.decode_few(params, codes_BF, compute, wanted_BF=near_BF)
+        recon_BD = self.with_skip(params, x_BD, recon_BD, compute)
         return fit(self.reconstruction, target_BD, recon_BD)
 
     def _penalty(self, params: Params, z_BF: Array, codes_BF: Array) -> Float[Array, ""]:

@@ -11,7 +11,7 @@ heavy (dictionary_learning divides by G twice). A trained SAE is its last level.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from saex_pipe.common.sae.batchtopk import BatchTopK
 from saex_pipe.common.sae.compute import Compute
@@ -47,10 +47,18 @@ class MatryoshkaJumpRelu(JumpRelu):
 
     levels: tuple[int, ...] = ()  # latents of the nested dictionaries; (): at LEVEL_SHARES
 
-    def fitted(self, params: Params, x_BD: Array, target_BD: Array, codes_BF: Array, compute: Compute) -> Fit:
+    def fitted(
+        self,
+        params: Params,
+        x_BD: Float[Array, "B D_in"],
+        target_BD: Float[Array, "B D_out"],
+        codes_BF: Float[Array, "B F"],
+        near_BF: Bool[Array, "B F"],
+        compute: Compute,
+    ) -> Fit:
         """The sum over levels."""
         widths = widths_at(self.latents, self.levels)
-        nested = decode_nested(codes_BF, params["w_dec_FD"], widths, compute)
+        nested = decode_nested(codes_BF, params["w_dec_FD"], widths, compute, wanted_BF=near_BF)
         bias_BD = jnp.broadcast_to(params["b_dec_D"][None], target_BD.shape)
         bias_BD = self.with_skip(params, x_BD, bias_BD, compute)
         return fit_nested(self.reconstruction, target_BD, [recon_BD + bias_BD for recon_BD in nested])

@@ -13,34 +13,45 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from saex_pipe.common.mesh import DATA, MODEL
+from saex_pipe.common.sae import few
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.matmul import matmul
 from saex_pipe.common.sae.pairs import Pairs, decoded
 from saex_pipe.common.sae.reconstruction import Fit, Reconstruction, fit
 from saex_pipe.common.sae.sharded import on_each_device
 
 
 def decode_nested(
-    codes_BF: Float[Array, "B F"], w_dec_FD: Float[Array, "F D"], widths: Sequence[int], compute: Compute
+    codes_BF: Float[Array, "B F"],
+    w_dec_FD: Float[Array, "F D"],
+    widths: Sequence[int],
+    compute: Compute,
+    *,
+    wanted_BF: Bool[Array, "B F"] | None = None,
 ) -> list[Float[Array, "B D"]]:
-    """Reconstructions by the first ``width`` latents, without bias, for each of the ascending ``widths``."""
+    """Reconstructions by the first ``width`` latents, without bias, for each of the ascending ``widths``.
+
+    Codes that are 0 get a gradient where they are ``wanted``, as in ``few.decoded``.
+    """
     if compute.mesh is not None and len(widths) > 1:
         decode = partial(_groups_here, widths=widths, compute=compute)
-        cut = on_each_device(compute.mesh, decode, (P(DATA, MODEL), P(MODEL)), P(None, DATA))
-        return list(jnp.cumsum(cut(codes_BF, w_dec_FD), axis=0))
+        cut = on_each_device(compute.mesh, decode, (P(DATA, MODEL), P(DATA, MODEL), P(MODEL)), P(None, DATA))
+        return list(jnp.cumsum(cut(codes_BF, wanted_BF, w_dec_FD), axis=0))
     levels: list[Array] = []
     start = 0
     for width in widths:
-        group_BD = matmul(codes_BF[:, start:width], w_dec_FD[start:width], compute.dtype)
+        wanted_BG = None if wanted_BF is None else wanted_BF[:, start:width]
+        group_BD = few.decoded(codes_BF[:, start:width], w_dec_FD[start:width], compute, wanted_BF=wanted_BG)
         levels.append(levels[-1] + group_BD if levels else group_BD)
         start = width
     return levels
 
 
-def _groups_here(codes_BF: Array, w_dec_FD: Array, *, widths: Sequence[int], compute: Compute) -> Float[Array, "G B D"]:
+def _groups_here(
+    codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array, *, widths: Sequence[int], compute: Compute
+) -> Float[Array, "G B D"]:
     """The product of every group of latents, G in all; the arguments are of one device's own latents.
 
     Where a group begins need not be where a shard does: each device decodes the groups that it holds a part of.
@@ -51,13 +62,14 @@ def _groups_here(codes_BF: Array, w_dec_FD: Array, *, widths: Sequence[int], com
     for start, stop in pairwise((0, *widths)):
         inside_F = (latents_F >= start) & (latents_F < stop)
 
-        def product(codes_BF: Array, w_dec_FD: Array, inside_F: Array = inside_F) -> Array:
-            return matmul(jnp.where(inside_F[None], codes_BF, 0.0), w_dec_FD, compute.dtype)
+        def product(codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array, inside_F: Array = inside_F) -> Array:
+            wanted_BG = None if wanted_BF is None else wanted_BF & inside_F[None]
+            return few.decoded_here(jnp.where(inside_F[None], codes_BF, 0.0), wanted_BG, w_dec_FD, compute, False)
 
-        def nothing(codes_BF: Array, w_dec_FD: Array) -> Array:
+        def nothing(codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array) -> Array:
             return jnp.zeros((codes_BF.shape[0], w_dec_FD.shape[1]), jnp.float32)
 
-        groups.append(jax.lax.cond(jnp.any(inside_F), product, nothing, codes_BF, w_dec_FD))
+        groups.append(jax.lax.cond(jnp.any(inside_F), product, nothing, codes_BF, wanted_BF, w_dec_FD))
     return jax.lax.psum(jnp.stack(groups), MODEL)
 
 

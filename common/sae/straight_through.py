@@ -20,7 +20,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from saex_pipe.common.sae.batch_sums import over_batch
 
@@ -74,6 +74,11 @@ def _rows_above_backward(bandwidth: float, saved: tuple[Array, Array], out_F: Ar
 rows_above.defvjp(_rows_above_forward, _rows_above_backward)
 
 
+def near(z_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"], bandwidth: float) -> Bool[Array, "B F"]:
+    """Where ``z`` is within half a bandwidth of its threshold: there ``jump`` asks for the gradient of a code of 0."""
+    return jnp.abs(z_BF - threshold_F[None]) < bandwidth / 2
+
+
 def _near(z_BF: Array, threshold_F: Array, bandwidth: float, out_BF: Array) -> Array:
     """``out / eps`` within half a bandwidth of the threshold, else 0."""
-    return jnp.where(jnp.abs(z_BF - threshold_F[None]) < bandwidth / 2, out_BF / bandwidth, 0.0)
+    return jnp.where(near(z_BF, threshold_F, bandwidth), out_BF / bandwidth, 0.0)

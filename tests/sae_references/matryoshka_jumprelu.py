@@ -13,7 +13,7 @@ codes = jumprelu.codes
 
 def _squared_errors(params, codes_BF, target_BD):
     value, df_BF, dw_FD, db_D = 0, np.zeros_like(codes_BF), np.zeros_like(params["w_dec_FD"]), 0
-    for width in WIDTHS:
+    for width in (*WIDTHS[:-1], len(dw_FD)):
         error_BD = codes_BF[:, :width] @ params["w_dec_FD"][:width] + params["b_dec_D"] - target_BD
         value += (error_BD**2).sum(axis=1).mean()
         out_BD = 2 * error_BD / len(target_BD)

@@ -16,6 +16,7 @@ from saex_pipe.common.sae.contract import Moment, Params, Variant
 from saex_pipe.common.sae.crossover import CPU_LATENTS_PER_ACTIVE, Sizes
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.pairs import Pairs, decoded, pays
+from saex_pipe.common.sae.sharding import shardings
 from saex_pipe.common.sae.variants import build
 
 ROWS, WIDTH, LATENTS = 24, 16, 1024  # 64 groups of 16 columns a row: two selections
@@ -88,6 +89,34 @@ def test_loss_and_gradients_by_pairs_equal_the_dense_ones(toy_rows: Callable[...
         limit = 1e-6 * float(jnp.abs(leaf).max())
         np.testing.assert_allclose(gradients[key], leaf, rtol=1e-4, atol=limit, err_msg=key)
     assert float(jnp.abs(gradients["b_dec_D"]).max()) > 0
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "matryoshka_batchtopk"])
+def test_on_a_mesh_few_active_latents_give_the_dense_loss_and_gradients(
+    name: str, toy_rows: Callable[..., jax.Array]
+) -> None:
+    levels = {"levels": (9, 300)} if name.startswith("matryoshka") else {}
+    variant, mesh = build(name, LATENTS, k=2, **levels), make_mesh(4)
+    x_BD, params = toy_rows(0, ROWS), start(variant)
+    at = Moment.plain(LATENTS)._replace(dead_F=jnp.arange(LATENTS) % 100 == 7)
+
+    def loss(compute: Compute) -> Any:
+        return jax.jit(jax.value_and_grad(lambda params: variant.loss(params, x_BD, x_BD, at, compute), has_aux=True))
+
+    placed = jax.device_put(params, shardings(params, LATENTS, mesh))
+    sparse, dense = loss(Compute(mesh=mesh)), loss(Compute(codes="dense"))
+    on_mesh = loss(Compute(mesh=mesh, codes="dense"))
+    assert sparse.lower(placed).as_text().count("stablehlo.case") > on_mesh.lower(placed).as_text().count(
+        "stablehlo.case"
+    )
+    (found, terms), gradients = sparse(placed)
+    (expected, expected_terms), expected_gradients = dense(params)
+    assert float(terms.active_F.sum()) == 2 * ROWS
+    np.testing.assert_array_equal(terms.active_F, expected_terms.active_F)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for key, leaf in expected_gradients.items():
+        limit = 1e-6 * float(jnp.abs(leaf).max())
+        np.testing.assert_allclose(gradients[key], leaf, rtol=1e-4, atol=limit, err_msg=key)
 
 
 def test_products_of_pairs_and_their_gradients_equal_dense_ones() -> None:

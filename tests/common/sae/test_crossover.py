@@ -2,7 +2,8 @@
 
 import pytest
 
-from saex_pipe.common.sae import crossover
+from saex_pipe.common.sae import compute as compute_module
+from saex_pipe.common.sae import few
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.crossover import CPU_LATENTS_PER_ACTIVE, Sizes, expected_seconds, way
 
@@ -41,7 +42,7 @@ def test_few_rows_are_bound_by_the_weights() -> None:
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, kind: str | None, product: str, sizes: Sizes, **compute: str) -> str:
-    monkeypatch.setattr(crossover, "tpu_kind", lambda device: kind)
+    monkeypatch.setattr(compute_module, "tpu_kind", lambda device: kind)
     return way(product, sizes, Compute(**compute), kernel=compute.get("codes") != "sparse")
 
 
@@ -79,3 +80,15 @@ def test_the_crossover_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     few = Sizes(100, 16, 5 * CPU_LATENTS_PER_ACTIVE, 5)
     assert chosen(monkeypatch, None, "sum", few) == "gather"
     assert chosen(monkeypatch, None, "sum", few._replace(active=6)) == "dense"
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v5p"])
+def test_on_tpus_few_of_unknown_number_are_gone_by_in_large_dictionaries_only(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(compute_module, "tpu_kind", lambda device: kind)
+    assert few.limits(4096, 1 << 16, 2304, Compute()) == [4096 * 4, 4096 * 16]
+    assert few.limits(4096, 1 << 13, 2304, Compute()) == [4096 * 2]  # 16,384 latents are not there
+    assert few.limits(4096, 1 << 11, 2304, Compute()) == []
+    assert few.limits(4096, 1 << 16, 2304, Compute(codes="dense")) == []
+    assert few.limits(8, 1 << 16, 2304, Compute()) == [8 * 4, 8 * 16]

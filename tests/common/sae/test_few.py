@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saex_pipe.common.mesh import make_mesh
 from saex_pipe.common.sae import few
 from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero, scaled, shifted, summed
 from saex_pipe.common.sae.compute import PLAIN, Compute
@@ -42,7 +43,7 @@ def test_decoding_and_its_gradients(active: int, held: bool) -> None:
 
     @jax.jit
     def both(codes_BF: jax.Array, w_FD: jax.Array, out_BD: jax.Array) -> tuple:
-        recon_BD, back = jax.vjp(lambda codes, w: few.decoded(codes, w, PLAIN, held), codes_BF, w_FD)
+        recon_BD, back = jax.vjp(lambda codes, w: few.decoded(codes, w, PLAIN, held=held), codes_BF, w_FD)
         return recon_BD, *back(out_BD)
 
     recon_BD, dcodes_BF, dw_FD = both(codes_BF, w_FD, out_BD)
@@ -50,6 +51,57 @@ def test_decoding_and_its_gradients(active: int, held: bool) -> None:
     dense = out_BD @ w_FD.T
     close(dcodes_BF, dense if active > LIMITS[-1] else np.where(codes_BF != 0, dense, 0))
     close(dw_FD, np.zeros_like(w_FD) if held else codes_BF.T @ out_BD)
+
+
+def test_codes_of_0_get_the_gradient_that_is_wanted() -> None:
+    wanted_BF = np.zeros((ROWS, LATENTS), bool)
+    wanted_BF.ravel()[:: wanted_BF.size // (LIMITS[-1] // 2)] = True
+    w_FD, out_BD = arrays(8, (LATENTS, WIDTH), (ROWS, WIDTH))
+
+    @jax.jit
+    def both(codes_BF: jax.Array, w_FD: jax.Array, out_BD: jax.Array) -> tuple:
+        recon_BD, back = jax.vjp(lambda codes, w: few.decoded(codes, w, PLAIN, wanted_BF=wanted_BF), codes_BF, w_FD)
+        return recon_BD, *back(out_BD)
+
+    for active in (0, LIMITS[0] // 2, LIMITS[-1] // 2, 3000):
+        codes_BF = sparse_codes(active)
+        recon_BD, dcodes_BF, dw_FD = both(codes_BF, w_FD, out_BD)
+        close(recon_BD, codes_BF @ w_FD)
+        dense = out_BD @ w_FD.T
+        close(dcodes_BF, dense if active == 3000 else np.where((codes_BF != 0) | wanted_BF, dense, 0))
+        close(dw_FD, codes_BF.T @ out_BD)
+
+
+@pytest.mark.parametrize("model_axis", [8, 4, 1])
+def test_each_device_of_a_mesh_goes_by_what_is_active_of_its_own(model_axis: int) -> None:
+    mesh = make_mesh(model_axis)
+    compute, data = Compute(mesh=mesh), mesh.shape["data"]
+    x_BD, b_D, w_DF, w_FD, out_BD = arrays(
+        9, (ROWS, WIDTH), (WIDTH,), (WIDTH, LATENTS), (LATENTS, WIDTH), (ROWS, WIDTH)
+    )
+
+    @jax.jit
+    def both(codes_BF: jax.Array, x_BD: jax.Array, b_D: jax.Array, w_DF: jax.Array, w_FD: jax.Array) -> tuple:
+        recon_BD, back = jax.vjp(lambda codes, w: few.decoded(codes, w, compute), codes_BF, w_FD)
+        u_BF, back_to_x = jax.vjp(lambda x, b, w: few.encoded(x, b, w, compute), x_BD, b_D, w_DF)
+        return recon_BD, *back(out_BD), u_BF, *back_to_x(codes_BF)
+
+    for active in (0, LIMITS[0], LIMITS[-1], 3000):
+        codes_BF = sparse_codes(active)
+        codes_BF[: ROWS // 2, : LATENTS // 8] = 1.0  # where no device has few
+        recon_BD, dcodes_BF, dw_FD, u_BF, dx_BD, db_D, dw_DF = both(codes_BF, x_BD, b_D, w_DF, w_FD)
+        close(recon_BD, codes_BF @ w_FD)
+        close(dw_FD, codes_BF.T @ out_BD)
+        parts = codes_BF.reshape(data, ROWS // data, model_axis, LATENTS // model_axis)
+        most = ROWS // data * (LATENTS // model_axis // few.SHARES[-1])
+        is_dense = np.broadcast_to(np.count_nonzero(parts, axis=(1, 3), keepdims=True) > most, parts.shape)
+        assert is_dense.any()
+        assert active == 3000 or not is_dense.all()
+        close(dcodes_BF, np.where(is_dense.reshape(codes_BF.shape) | (codes_BF != 0), out_BD @ w_FD.T, 0))
+        close(u_BF, (x_BD - b_D) @ w_DF)
+        close(dx_BD, codes_BF @ w_DF.T)
+        close(db_D, -(codes_BF @ w_DF.T).sum(axis=0))
+        close(dw_DF, (x_BD - b_D).T @ codes_BF)
 
 
 @pytest.mark.parametrize("active", [0, LIMITS[0], LIMITS[-1], 3000])

@@ -1,5 +1,6 @@
 """What only JumpReLU has: three forms, gradients straight through a jump, thresholds that move and stay float32."""
 
+import importlib
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from sae_references import jumprelu as reference
 
+from saex_pipe.common.sae.compute import PLAIN
 from saex_pipe.common.sae.contract import Moment, Params
+from saex_pipe.common.sae.few import SHARES
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.jumprelu import PUBLISHED, JumpRelu
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
@@ -63,6 +66,27 @@ def test_each_form_and_its_gradients_equal_the_equations(
     assert expected.keys() == params.keys()
     for key, leaf in expected.items():
         assert np.abs(leaf).max() > 0
+        np.testing.assert_allclose(gradients[key], leaf, rtol=1e-4, atol=1e-5 * np.abs(leaf).max(), err_msg=key)
+
+
+@pytest.mark.parametrize(("name", "form"), [("jumprelu", "l0"), ("jumprelu", "tanh"), ("matryoshka_jumprelu", "tanh")])
+def test_where_few_are_active_codes_below_their_threshold_get_a_gradient_too(
+    name: str, form: str, toy_rows: Callable[..., jax.Array]
+) -> None:
+    """By way of active codes alone the gradient of a code of 0 would be left out, and with it half of the jump's."""
+    many, x_BD = 1024, toy_rows(0)
+    equations = importlib.import_module(f"sae_references.{name}")
+    variant = build(name, many, jumprelu_form=form, **equations.SETTINGS)
+    params, at = start(variant, x_BD), Moment.plain(many)
+    over_BF = variant.pre_activations(params, x_BD, PLAIN) - params["threshold_F"][None]
+    shift = jnp.quantile(over_BF, 1 - 4 / many) + reference.BANDWIDTH / 2
+    params, over_BF = variant.shift_pre_activations(params, jnp.full(many, -shift)), over_BF - shift
+    near_BF = jnp.abs(over_BF) < reference.BANDWIDTH / 2
+    assert int((near_BF & (over_BF < 0)).sum()) > x_BD.shape[0]
+    assert int((near_BF | (over_BF > 0)).sum()) < x_BD.shape[0] * (many // SHARES[-1] - 1)
+    gradients = jax.jit(jax.grad(lambda p: variant.loss(p, x_BD, x_BD, at)[0]))(params)
+    exact, rows_BD = {key: np.asarray(leaf, np.float64) for key, leaf in params.items()}, np.asarray(x_BD, np.float64)
+    for key, leaf in equations.gradients(exact, rows_BD, rows_BD, at, False, form).items():
         np.testing.assert_allclose(gradients[key], leaf, rtol=1e-4, atol=1e-5 * np.abs(leaf).max(), err_msg=key)
 
 

@@ -64,7 +64,7 @@ def test_levels_and_their_gradients_equal_decoding_each_by_itself() -> None:
 def test_all_levels_cost_as_much_as_the_last() -> None:
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 512), (512, 64))]
     whole, nested = (
-        jax.jit(lambda codes, w, widths=widths: decode_nested(codes, w, widths, PLAIN)).lower(*shapes)
+        jax.jit(lambda codes, w, widths=widths: decode_nested(codes, w, widths, Compute(codes="dense"))).lower(*shapes)
         for widths in ((512,), widths_at(512, ()))
     )
     products, sums = 2 * 256 * 512 * 64, 4 * 256 * 64

@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from saex_pipe.common.aot import compile_ahead, topology
 from saex_pipe.common.mesh import make_mesh
-from saex_pipe.common.sae import crossover, pallas_sparse, sharded
+from saex_pipe.common.sae import compute as compute_module
+from saex_pipe.common.sae import pallas_sparse, sharded
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.sparse import ActiveCodes, decode_active
 
@@ -78,7 +79,7 @@ def test_a_stack_of_saes_goes_through_vmap() -> None:
 
 @pytest.mark.usefixtures("as_on_a_tpu")
 def test_decoding_and_its_gradients_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossover, "tpu_kind", lambda device: "v5p")
+    monkeypatch.setattr(compute_module, "tpu_kind", lambda device: "v5p")
     values_BK, latents_BK, weight_BD, w_dec_FD = inputs(4, 3)
     calls = []
     for name in ("gather_sum", "gather_dot"):
