@@ -14,6 +14,7 @@ than their gathers by more, multiply densely unless their roofline says otherwis
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -68,17 +69,28 @@ def decoded(
         wanted_BF: which codes get a gradient although they may be 0; None: none.
         held: see ``w_dec_FD``.
     """
+    groups_GBD = decoded_groups(codes_BF, w_dec_FD, (), compute, wanted_BF=wanted_BF, held=held)
+    return groups_GBD[0]
+
+
+def decoded_groups(
+    codes_BF: Float[Array, "B F"],
+    w_dec_FD: Float[Array, "F D"],
+    starts: tuple[int, ...],
+    compute: Compute,
+    *,
+    wanted_BF: Bool[Array, "B F"] | None = None,
+    held: bool = False,
+) -> Float[Array, "G B D"]:
+    """The same for each of the groups of latents that begin at 0 and at ``starts``, which ascend."""
+    how = _How(starts, compute, held)
+    if compute.mesh is None:
+        return _decoded(how, codes_BF, wanted_BF, w_dec_FD)
 
     def own(codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array) -> Array:
-        return decoded_here(codes_BF, wanted_BF, w_dec_FD, compute, held)
+        return jax.lax.psum(_decoded(how, codes_BF, wanted_BF, w_dec_FD), MODEL)
 
-    if compute.mesh is None:
-        return own(codes_BF, wanted_BF, w_dec_FD)
-
-    def summed_up(*parts: Array) -> Array:
-        return jax.lax.psum(own(*parts), MODEL)
-
-    decode = on_each_device(compute.mesh, summed_up, (P(DATA, MODEL), P(DATA, MODEL), P(MODEL)), P(DATA))
+    decode = on_each_device(compute.mesh, own, (P(DATA, MODEL), P(DATA, MODEL), P(MODEL)), P(None, DATA))
     return decode(codes_BF, wanted_BF, w_dec_FD)
 
 
@@ -114,57 +126,95 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
 _encoded.defvjp(_encoded_forward, _encoded_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def decoded_here(
-    codes_BF: Float[Array, "B F"],
-    wanted_BF: Bool[Array, "B F"] | None,
-    w_dec_FD: Float[Array, "F D"],
-    compute: Compute,
-    held: bool,
-) -> Float[Array, "B D"]:
-    """``decoded`` of one device's own codes and weights, without a sum over the mesh."""
-    rows, width = codes_BF.shape[0], w_dec_FD.shape[1]
+class _How(NamedTuple):
+    """What is static of ``_decoded``."""
+
+    starts: tuple[int, ...]
+    compute: Compute
+    held: bool
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return len(self.starts) + 1
+
+    def group_of(self, latents: Int[Array, "*shape"], own: int) -> Int[Array, "*shape"]:
+        """The groups of some of this device's ``own`` latents, which are counted from its first."""
+        first = 0 if self.compute.mesh is None else jax.lax.axis_index(MODEL) * own
+        begun = ((latents + first >= start).astype(jnp.int32) for start in self.starts)
+        return sum(begun, start=jnp.zeros(latents.shape, jnp.int32))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decoded(how: _How, codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array) -> Float[Array, "G B D"]:
+    """On a mesh of one device's own codes and weights, and without a sum over devices."""
+    rows, (latents, width) = codes_BF.shape[0], w_dec_FD.shape
 
     def dense() -> Array:
-        return matmul(codes_BF, w_dec_FD, compute.dtype)
+        return _dense(how, codes_BF, w_dec_FD)
 
     def sparse(found: _Found) -> Array:
-        start_BD = jnp.zeros((rows, width), jnp.float32)
-        return by_pairs.sum_by(found.rows_P, found.of(codes_BF), found.latents_P, w_dec_FD, start_BD)
+        start_ND = jnp.zeros((how.groups * rows, width), jnp.float32)
+        keys_P = how.group_of(found.latents_P, latents) * rows + found.rows_P
+        sums_ND = by_pairs.sum_by(keys_P, found.of(codes_BF), found.latents_P, w_dec_FD, start_ND)
+        return sums_ND.reshape(how.groups, rows, width)
 
-    result: Array = _switch(codes_BF, wanted_BF, width, compute, dense, sparse)
+    result: Array = _switch(codes_BF, wanted_BF, width, how.compute, dense, sparse)
     return result
 
 
 def _decoded_forward(
-    codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array, compute: Compute, held: bool
+    how: _How, codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array
 ) -> tuple[Array, tuple[Array, Array | None, Array]]:
-    return decoded_here(codes_BF, wanted_BF, w_dec_FD, compute, held), (codes_BF, wanted_BF, w_dec_FD)
+    return _decoded(how, codes_BF, wanted_BF, w_dec_FD), (codes_BF, wanted_BF, w_dec_FD)
 
 
-def _decoded_backward(
-    compute: Compute, held: bool, saved: tuple[Array, Array | None, Array], out_BD: Array
-) -> tuple[Array, None, Array]:
+def _decoded_backward(how: _How, saved: tuple[Array, Array | None, Array], out_GBD: Array) -> tuple[Array, None, Array]:
     codes_BF, wanted_BF, w_dec_FD = saved
+    rows, (latents, width) = codes_BF.shape[0], w_dec_FD.shape
+    out_ND = out_GBD.reshape(-1, width)
 
     def dense() -> tuple[Array, ...]:
-        to_codes = by_transposed(out_BD, w_dec_FD, gradient_dtype(compute.dtype))
-        return (to_codes,) if held else (to_codes, over_rows(codes_BF, out_BD, gradient_dtype(compute.dtype)))
+        if how.held:
+            return jax.vjp(lambda codes_BF: _dense(how, codes_BF, w_dec_FD), codes_BF)[1](out_GBD)
+        return jax.vjp(partial(_dense, how), codes_BF, w_dec_FD)[1](out_GBD)
 
     def sparse(found: _Found) -> tuple[Array, ...]:
-        dvalues_P = dots(out_BD, w_dec_FD, found.rows_P, found.latents_P)
-        dvalues_P = jnp.where(found.there_P, dvalues_P, 0.0)
+        keys_P = how.group_of(found.latents_P, latents) * rows + found.rows_P
+        dvalues_P = jnp.where(found.there_P, dots(out_ND, w_dec_FD, keys_P, found.latents_P), 0.0)
         to_codes = jnp.zeros_like(codes_BF).at[found.rows_P, found.latents_P].add(dvalues_P)
-        if held:
+        if how.held:
             return (to_codes,)
         start_FD = jnp.zeros_like(w_dec_FD)
-        return to_codes, by_pairs.sum_by(found.latents_P, found.of(codes_BF), found.rows_P, out_BD, start_FD)
+        return to_codes, by_pairs.sum_by(found.latents_P, found.of(codes_BF), keys_P, out_ND, start_FD)
 
-    to_codes, *to_weights = _switch(codes_BF, wanted_BF, out_BD.shape[1], compute, dense, sparse)
+    to_codes, *to_weights = _switch(codes_BF, wanted_BF, width, how.compute, dense, sparse)
     return to_codes, None, to_weights[0] if to_weights else jnp.zeros_like(w_dec_FD)
 
 
-decoded_here.defvjp(_decoded_forward, _decoded_backward)
+_decoded.defvjp(_decoded_forward, _decoded_backward)
+
+
+def _dense(how: _How, codes_BF: Array, w_dec_FD: Array) -> Float[Array, "G B D"]:
+    dtype = how.compute.dtype
+    if how.compute.mesh is None or not how.starts:
+        cuts = pairwise((0, *how.starts, w_dec_FD.shape[0]))
+        return jnp.stack([matmul(codes_BF[:, start:stop], w_dec_FD[start:stop], dtype) for start, stop in cuts])
+    # Where a group begins need not be where a shard does: each device multiplies for those that it holds a part of.
+    group_F = how.group_of(jnp.arange(w_dec_FD.shape[0], dtype=jnp.int32), w_dec_FD.shape[0])
+
+    def product(group: int, codes_BF: Array, w_dec_FD: Array) -> Array:
+        return matmul(jnp.where(group_F[None] == group, codes_BF, 0.0), w_dec_FD, dtype)
+
+    def nothing(codes_BF: Array, w_dec_FD: Array) -> Array:
+        return jnp.zeros((codes_BF.shape[0], w_dec_FD.shape[1]), jnp.float32)
+
+    return jnp.stack(
+        [
+            jax.lax.cond(jnp.any(group_F == group), partial(product, group), nothing, codes_BF, w_dec_FD)
+            for group in range(how.groups)
+        ]
+    )
 
 
 class _Found(NamedTuple):

@@ -7,20 +7,15 @@ between two levels, so that every latent is decoded once:
 """
 
 from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
+from itertools import accumulate
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae import few
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.pairs import Pairs, decoded
 from saex_pipe.common.sae.reconstruction import Fit, Reconstruction, fit
-from saex_pipe.common.sae.sharded import on_each_device
 
 
 def decode_nested(
@@ -35,42 +30,8 @@ def decode_nested(
 
     Codes that are 0 get a gradient where they are ``wanted``, as in ``few.decoded``.
     """
-    if compute.mesh is not None and len(widths) > 1:
-        decode = partial(_groups_here, widths=widths, compute=compute)
-        cut = on_each_device(compute.mesh, decode, (P(DATA, MODEL), P(DATA, MODEL), P(MODEL)), P(None, DATA))
-        return list(jnp.cumsum(cut(codes_BF, wanted_BF, w_dec_FD), axis=0))
-    levels: list[Array] = []
-    start = 0
-    for width in widths:
-        wanted_BG = None if wanted_BF is None else wanted_BF[:, start:width]
-        group_BD = few.decoded(codes_BF[:, start:width], w_dec_FD[start:width], compute, wanted_BF=wanted_BG)
-        levels.append(levels[-1] + group_BD if levels else group_BD)
-        start = width
-    return levels
-
-
-def _groups_here(
-    codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array, *, widths: Sequence[int], compute: Compute
-) -> Float[Array, "G B D"]:
-    """The product of every group of latents, G in all; the arguments are of one device's own latents.
-
-    Where a group begins need not be where a shard does: each device decodes the groups that it holds a part of.
-    """
-    own = w_dec_FD.shape[0]
-    latents_F = jax.lax.axis_index(MODEL) * own + jnp.arange(own, dtype=jnp.int32)
-    groups = []
-    for start, stop in pairwise((0, *widths)):
-        inside_F = (latents_F >= start) & (latents_F < stop)
-
-        def product(codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array, inside_F: Array = inside_F) -> Array:
-            wanted_BG = None if wanted_BF is None else wanted_BF & inside_F[None]
-            return few.decoded_here(jnp.where(inside_F[None], codes_BF, 0.0), wanted_BG, w_dec_FD, compute, False)
-
-        def nothing(codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array) -> Array:
-            return jnp.zeros((codes_BF.shape[0], w_dec_FD.shape[1]), jnp.float32)
-
-        groups.append(jax.lax.cond(jnp.any(inside_F), product, nothing, codes_BF, wanted_BF, w_dec_FD))
-    return jax.lax.psum(jnp.stack(groups), MODEL)
+    groups_GBD = few.decoded_groups(codes_BF, w_dec_FD, tuple(widths[:-1]), compute, wanted_BF=wanted_BF)
+    return _running_sums(list(groups_GBD))
 
 
 def decode_nested_pairs(
@@ -80,10 +41,12 @@ def decode_nested_pairs(
     # A row of the product for each group and batch row.
     group_P = jnp.sum(pairs.latents_P[None] >= jnp.array(widths, jnp.int32)[:, None], axis=0, dtype=jnp.int32)
     product, slot_FD = decoded(pairs._replace(rows_P=group_P * rows + pairs.rows_P), w_dec_FD, len(widths) * rows)
-    levels = [product[:rows]]
-    for start in range(rows, len(widths) * rows, rows):
-        levels.append(levels[-1] + product[start : start + rows])
-    return levels, slot_FD
+    groups = [product[start : start + rows] for start in range(0, len(widths) * rows, rows)]
+    return _running_sums(groups), slot_FD
+
+
+def _running_sums(groups: list[Float[Array, "B D"]]) -> list[Float[Array, "B D"]]:
+    return list(accumulate(groups, jnp.add))
 
 
 def fit_nested(kind: Reconstruction, target_BD: Float[Array, "B D"], levels: Sequence[Float[Array, "B D"]]) -> Fit:
