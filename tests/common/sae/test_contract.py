@@ -13,6 +13,7 @@ from sae_references import unexplained
 
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import LossTerms, Moment, Params, Variant
+from saex_pipe.common.sae.few import SHARES
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
@@ -167,6 +168,28 @@ def test_loss_and_gradients_equal_the_equations(name: str, transcoder: bool, bat
             slope = float(np.sum(np.asarray(gradients[key], np.float64) * direction))
             limit = 1e-4 * 1e-6 * float(np.linalg.norm(gradients[key]))
             assert slope == pytest.approx((ahead - behind) / 2, abs=limit), f"{key}, {dead_F.sum()} dead"
+
+
+@every_variant
+def test_gradients_by_way_of_few_active_codes_equal_the_dense_ones(name: str, batch: Callable) -> None:
+    """Those that the equations are compared with have too few latents for the other way."""
+    many, (x_BD, target_BD) = 1024, batch(False)
+    narrow = {"bandwidth": 0.05} if "jumprelu" in name else {}
+    variant = build(name, many, **{**REFERENCES[name].SETTINGS, **narrow})
+    params = variant.init(jax.random.key(0), DataStats(x_BD.mean(axis=0), x_BD.mean(axis=0), x_BD, x_BD))
+    level_F = params.get("threshold_F", jnp.zeros(many))
+    shift = jnp.quantile(variant.pre_activations(params, x_BD, Compute()) - level_F[None], 1 - 3 / many)
+    params = params if hasattr(variant, "k") else variant.shift_pre_activations(params, jnp.full(many, -shift))
+    at = Moment.plain(many)._replace(dead_F=jnp.arange(many) % 50 == 3)
+
+    def gradients(codes: Any) -> tuple[Params, LossTerms]:
+        compute = Compute(codes=codes)
+        return quick_jit(jax.grad(lambda p: variant.loss(p, x_BD, target_BD, at, compute), has_aux=True))(params)
+
+    (sparse, terms), (dense, _) = gradients("auto"), gradients("dense")
+    assert 0 < float(terms.active_F.sum()) / x_BD.shape[0] < many / SHARES[-1]
+    for key, leaf in dense.items():
+        np.testing.assert_allclose(sparse[key], leaf, rtol=1e-4, atol=1e-6 * np.abs(leaf).max(), err_msg=key)
 
 
 @every_variant
