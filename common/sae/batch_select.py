@@ -19,6 +19,7 @@ from saex_pipe.common.sae.bit_words import counts, entries, first_bits, words
 from saex_pipe.common.sae.cuts import between, count_from, counts_in_lanes
 from saex_pipe.common.sae.select import GROUP, Scores, as_they_are, every_column, group_maxima
 
+HALF = 16  # bits of an int32
 COUNTED = 1 << 10  # entries that are counted side by side, however rows are cut
 SMALLEST = np.float32(np.finfo(np.float32).tiny)  # what is below it counts as 0
 
@@ -27,15 +28,25 @@ def cut(values: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Float[Ar
     """A value that ``count`` of the non-negative float32 ``values`` are at or above, all positive.
 
     More are where several equal the ``count``-th largest, fewer where fewer are positive. Works on any layout of
-    ``values`` over devices: it only counts.
+    ``values`` over devices: it only counts. 2^31 of them and more may be on a mesh.
 
     Raises:
-        InputError: there are more values than an int32 counts.
+        InputError: there are so many, in more than 2^16 rows.
     """
-    _refuse_too_many(values)
+    if values.size >= 1 << 31 and values.size // values.shape[-1] > 1 << HALF:
+        raise InputError(f"a batch of {values.size:,} codes is too large to select from", "lower the rows of a batch")
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    edge = _edge(bits, count, lambda least: jnp.sum(bits >= least, dtype=jnp.int32))
+    edge = _edge(bits, count, lambda least: capped_sum(jnp.sum(bits >= least, axis=-1, dtype=jnp.int32)))
     return jax.lax.bitcast_convert_type(edge, jnp.float32)
+
+
+def capped_sum(counts: Int[Array, "*shape"]) -> Int[Array, ""]:
+    """The sum of at most 2^16 numbers that are not negative, or what an int32 can be at most."""
+    low = jnp.sum((counts & ((1 << HALF) - 1)).astype(jnp.uint32), dtype=jnp.uint32)
+    # What the upper halves add up to is below 2^31 themselves.
+    high = jnp.sum(counts >> HALF, dtype=jnp.int32) + (low >> HALF).astype(jnp.int32)
+    whole = (high << HALF) | (low & ((1 << HALF) - 1)).astype(jnp.int32)
+    return jnp.where(high >= 1 << (HALF - 1), jnp.int32(np.iinfo(np.int32).max), whole)
 
 
 def _edge(bits: Array, count: int | Array, count_from: Callable[[Array], Array]) -> Array:

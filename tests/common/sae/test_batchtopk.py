@@ -10,7 +10,7 @@ import pytest
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.mesh import make_mesh
-from saex_pipe.common.sae.batch_select import cut, largest
+from saex_pipe.common.sae.batch_select import capped_sum, cut, largest
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Moment, Params, Variant
 from saex_pipe.common.sae.crossover import CPU_LATENTS_PER_ACTIVE, Sizes
@@ -50,8 +50,32 @@ def test_a_cut_has_as_many_entries_above_it_as_asked_for() -> None:
         assert int(jnp.sum(values_BF >= jax.jit(cut)(values_BF, count))) == count
     assert int(jnp.sum(values_BF >= jax.jit(cut)(values_BF, 960))) == int(jnp.sum(values_BF > 0))  # not one that is 0
     assert float(cut(jnp.zeros(5), 2)) > 0
+    many = jax.ShapeDtypeStruct((1 << 16, 1 << 20), jnp.float32)
+    assert jax.eval_shape(lambda values: cut(values, 1), many).shape == ()  # on a mesh
+    with pytest.raises(InputError, match="140,737,488,355,328 codes is too large"):
+        jax.eval_shape(lambda values: cut(values, 1), jax.ShapeDtypeStruct((1 << 17, 1 << 30), jnp.float32))
     with pytest.raises(InputError, match="2,147,483,648 codes is too large"):
-        jax.eval_shape(lambda values: cut(values, 1), jax.ShapeDtypeStruct((1 << 16, 1 << 15), jnp.float32))
+        jax.eval_shape(lambda values: largest(values, 1, 1), jax.ShapeDtypeStruct((1 << 16, 1 << 15), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [0],
+        [5, 7],
+        [1 << 16, (1 << 16) - 1, 3],
+        [(1 << 31) - 2],
+        [(1 << 31) - 2, 1],
+        [(1 << 31) - 1] * 3,
+        [1 << 20] * 4096,
+    ],
+    ids=["none", "few", "both halves", "most less one", "most", "more", "a million latents"],
+)
+def test_counts_of_a_batch_stop_at_the_most_that_there_is(counts: list[int]) -> None:
+    expected = min(sum(counts), (1 << 31) - 1)
+    assert int(jax.jit(capped_sum)(jnp.array(counts, jnp.int32))) == expected
+    full = jnp.full(1 << 16, (1 << 16) - 1, jnp.int32)  # as many as there may be
+    assert int(capped_sum(full.at[1 << 15 :].set(0))) == ((1 << 16) - 1) << 15
 
 
 def start(variant: Variant, seed: int = 0) -> Params:
