@@ -52,7 +52,8 @@ def build(variant_name: str, latents: int, **settings: Any) -> Variant:
     for name, value in given.items():
         if name not in known:
             raise InputError(
-                f"{variant_name} takes no {name} (got {value})", f"its settings are {', '.join(sorted(known))}"
+                f"{variant_name} takes no {name} (got {value})",
+                f"set it to none; the settings of {variant_name} are {', '.join(sorted(known))}",
             )
     for name, field in known.items():
         if field.default is MISSING and name not in ("latents", *given):

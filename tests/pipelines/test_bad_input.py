@@ -113,7 +113,7 @@ COMMANDS = {
     ),
     "k for relu": (
         "train {recipe} --out {out} --set variant=relu --force",
-        r"relu takes no k \(got 4\); its settings",
+        r"relu takes no k \(got 4\); set it to none; the settings of relu",
     ),
     "unknown tap to train on": (
         RUN + " --set train.tap=blocks.1.resid_pre --force",
