@@ -19,7 +19,7 @@ from saex_pipe.common.sae.bit_words import counts, entries, first_bits, words
 from saex_pipe.common.sae.cuts import between, count_from, counts_in_lanes
 from saex_pipe.common.sae.select import GROUP, Scores, as_they_are, every_column, group_maxima
 
-HALF = 16  # bits of an int32
+HALF = 16  # bits of an int32, halved
 COUNTED = 1 << 10  # entries that are counted side by side, however rows are cut
 SMALLEST = np.float32(np.finfo(np.float32).tiny)  # what is below it counts as 0
 
@@ -36,14 +36,19 @@ def cut(values: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Float[Ar
     if values.size >= 1 << 31 and values.size // values.shape[-1] > 1 << HALF:
         raise InputError(f"a batch of {values.size:,} codes is too large to select from", "lower the rows of a batch")
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    edge = _edge(bits, count, lambda least: capped_sum(jnp.sum(bits >= least, axis=-1, dtype=jnp.int32)))
-    return jax.lax.bitcast_convert_type(edge, jnp.float32)
+
+    def at_or_above(least: Int[Array, ""]) -> Int[Array, ""]:
+        if values.size < 1 << 31:
+            return jnp.sum(bits >= least, dtype=jnp.int32)
+        return capped_sum(jnp.sum(bits >= least, axis=-1, dtype=jnp.int32))
+
+    return jax.lax.bitcast_convert_type(_edge(bits, count, at_or_above), jnp.float32)
 
 
 def capped_sum(counts: Int[Array, "*shape"]) -> Int[Array, ""]:
     """The sum of at most 2^16 numbers that are not negative, or what an int32 can be at most."""
     low = jnp.sum((counts & ((1 << HALF) - 1)).astype(jnp.uint32), dtype=jnp.uint32)
-    # What the upper halves add up to is below 2^31 themselves.
+    # 2^16 upper halves are below 2^31 together, and so are 2^16 lower ones above their own lower half.
     high = jnp.sum(counts >> HALF, dtype=jnp.int32) + (low >> HALF).astype(jnp.int32)
     whole = (high << HALF) | (low & ((1 << HALF) - 1)).astype(jnp.int32)
     return jnp.where(high >= 1 << (HALF - 1), jnp.int32(np.iinfo(np.int32).max), whole)

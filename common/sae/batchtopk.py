@@ -29,7 +29,7 @@ from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params
 from saex_pipe.common.sae.crossover import Sizes
 from saex_pipe.common.sae.initial import FOR_LARGEST, DataStats, Initial
 from saex_pipe.common.sae.matmul import centred_matmul
-from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs, fit_nested
+from saex_pipe.common.sae.nested import decode_nested, decode_nested_pairs, fit_nested, with_bias
 from saex_pipe.common.sae.pairs import Pairs, encoded, pays
 from saex_pipe.common.sae.reconstruction import Reconstruction
 from saex_pipe.common.sae.schedules import k_now
@@ -78,11 +78,9 @@ class BatchTopK(Variant):
         rows = x_BD.shape[0]
         count = jnp.round(rows * k_now(self.k, self.k_start, self.k_fraction, moment.fraction_done)).astype(jnp.int32)
         sizes = Sizes(rows, target_BD.shape[1], self.latents, self.most)
-        product = self._by_pairs if pays(compute, sizes) else self._dense
+        product = self._by_pairs if pays(compute, sizes) else self._by_matrices
         levels, active_F, slots = product(params, x_BD, count, compute)
-        bias_BD = jnp.broadcast_to(params["b_dec_D"][None], target_BD.shape)
-        bias_BD = self.with_skip(params, x_BD, bias_BD, compute)
-        levels = [recon_BD + bias_BD for recon_BD in levels]
+        levels = with_bias(self, params, x_BD, levels, compute)
         fitted = fit_nested(self.reconstruction, target_BD, levels)
         auxk = partial(auxk_loss, k=self.k_auxiliary, stride=self.auxiliary_stride, slots=slots)
         auxiliary = auxk(self, params, x_BD, target_BD - levels[-1], moment.dead_F, compute)
@@ -103,11 +101,11 @@ class BatchTopK(Variant):
             scores_BC = scores_BC * pick(self.decoder_norms(params))
         return jax.lax.stop_gradient(scores_BC)
 
-    def _dense(
+    def _by_matrices(
         self, params: Params, x_BD: Array, count: Int[Array, ""], compute: Compute
     ) -> tuple[list[Array], Int[Array, " F"], Slots | None]:
         """Reconstructions of all levels without bias, on how many rows each latent was active, and the slots of the
-        weights, None where there are none."""
+        weights, None where there are none. By matrices of codes: few of them are gone by where they pay (``few``)."""
         z_BF = self.pre_activations(params, x_BD, compute)
         scores_BF = self.scores(params, z_BF)
         codes_BF = jnp.where(scores_BF >= cut(scores_BF, count), z_BF, 0.0)

@@ -16,13 +16,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae.batch_select import largest
 from saex_pipe.common.sae.batchtopk import BatchTopK
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import Params
+from saex_pipe.common.sae.sharded import on_each_device
 
 
 def calibrated(
@@ -37,7 +39,7 @@ def calibrated(
         variant: says what is compared, and k.
         params: as trained.
         batches: gives the same normalised rows, float32, at every call, in batches as in training.
-        compute: of the codes; on a mesh the scores of a batch are gathered on each device.
+        compute: of the codes; on a mesh each device finds the largest of its own, which are gathered.
     """
     kept = 2  # times the codes that training selects: enough unless a batch has more than its share by that factor
     while True:
@@ -63,7 +65,16 @@ def calibrated(
 @partial(jax.jit, static_argnums=(3, 4))
 def _largest_scores(variant: BatchTopK, params: Params, x_BD: Array, most: int, compute: Compute) -> Float[Array, " P"]:
     scores_BF = variant.scores(params, variant.pre_activations(params, x_BD, compute))
-    if compute.mesh is not None:
-        scores_BF = jax.lax.with_sharding_constraint(scores_BF, NamedSharding(compute.mesh, PartitionSpec()))
+    if compute.mesh is None:
+        return _largest_of(scores_BF, most)
+
+    def of_all(own_BF: Array) -> Array:
+        own_P = _largest_of(own_BF, min(most, own_BF.size))
+        return _largest_of(jax.lax.all_gather(own_P, (DATA, MODEL), tiled=True)[None], most)
+
+    return on_each_device(compute.mesh, of_all, P(DATA, MODEL), P())(scores_BF)
+
+
+def _largest_of(scores_BF: Float[Array, "B F"], most: int) -> Float[Array, " P"]:
     places_P, taken_P = largest(scores_BF, most, most)
     return jnp.where(taken_P, scores_BF.reshape(-1)[places_P], 0.0)

@@ -167,12 +167,11 @@ class Variant(ABC):
         codes_BF: Float[Array, "B F"],
         compute: Compute,
         *,
-        wanted_BF: Bool[Array, "B F"] | None = None,
         held: bool = False,
     ) -> Float[Array, "B D_out"]:
-        """The same, by way of the active codes alone where they are few; no gradient reaches codes that are 0 and not
-        ``wanted``, nor the parameters where they are ``held``."""
-        recon_BD = few.decoded(codes_BF, params["w_dec_FD"], compute, wanted_BF=wanted_BF, held=held)
+        """The same, by way of the active codes alone where they are few; no gradient reaches codes that are 0, nor the
+        parameters where they are ``held``."""
+        recon_BD = few.decoded(codes_BF, params["w_dec_FD"], compute, held=held)
         return recon_BD + params["b_dec_D"][None]
 
     def reconstruct(

@@ -21,6 +21,7 @@ has none on v5e for any K up to 128, and on v5p 32 K D from K=32. What copies of
 beyond their bytes is not in it: no TPU was at hand.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from saex_pipe.common.aot import CHIPS
@@ -60,14 +61,29 @@ def way(product: Product, sizes: Sizes, compute: Compute, *, kernel: bool) -> Wa
         return "dense"
     kind = compute.tpu
     if kind is None:
-        few = sizes.active * CPU_LATENTS_PER_ACTIVE <= sizes.latents
-        return "gather" if few or compute.codes == "sparse" else "dense"
+        return "gather" if _few_on_a_cpu(sizes) or compute.codes == "sparse" else "dense"
     seconds = expected_seconds(product, sizes, kind)
     if not kernel:
         seconds.pop("pallas", None)
     if compute.codes == "sparse":
         del seconds["dense"]
     return min(seconds, key=lambda candidate: seconds[candidate])
+
+
+def gathers_pay(products: Sequence[Product], sizes: Sizes, compute: Compute) -> bool:
+    """Whether these products, which go the same way, are computed by the active latents: without kernels, and where
+    they take less time together than dense ones, or as ``compute.codes`` says."""
+    if compute.codes != "auto":
+        return compute.codes == "sparse"
+    kind = compute.tpu
+    if kind is None:
+        return _few_on_a_cpu(sizes)
+    seconds = [expected_seconds(product, sizes, kind) for product in products]
+    return sum(each["gather"] for each in seconds) < sum(each["dense"] for each in seconds)
+
+
+def _few_on_a_cpu(sizes: Sizes) -> bool:
+    return sizes.active * CPU_LATENTS_PER_ACTIVE <= sizes.latents
 
 
 def expected_seconds(product: Product, sizes: Sizes, kind: str) -> dict[Way, float]:

@@ -9,25 +9,25 @@ it, as a ReLU does not; a jump does, near its threshold.
 On a mesh each device counts its own part of the codes, and decides for itself.
 
 On two cores a ReLU step at L0 = 32 takes half the time so (B=2048, D=576, F=9216). TPUs, whose matrix units are faster
-than their gathers by more, multiply densely unless their roofline says otherwise (see ``crossover``).
+than their gathers by more, do so for products of which their roofline says it pays (see ``crossover``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae import pairs as by_pairs
 from saex_pipe.common.sae.batch_sums import summed
 from saex_pipe.common.sae.bit_words import counts, entries, words
 from saex_pipe.common.sae.compute import Compute, gradient_dtype
-from saex_pipe.common.sae.crossover import Sizes, way
+from saex_pipe.common.sae.crossover import Product, Sizes, gathers_pay
 from saex_pipe.common.sae.matmul import by_transposed, centred_matmul, matmul, over_rows, transposed
 from saex_pipe.common.sae.sharded import on_each_device
 from saex_pipe.common.sae.sparse import dots
@@ -36,6 +36,8 @@ from saex_pipe.common.sae.stack import largest_of_stack
 # Latents per active one; each is compiled for, and the first that holds all active codes runs.
 SHARES = (512, 256, 128)
 TPU_SHARES = (16384, 4096)
+
+Cuts: TypeAlias = tuple[int, ...]  # where groups of latents begin, and where the last one ends
 
 
 def encoded(
@@ -117,7 +119,7 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
         start_FD = jnp.zeros_like(w_enc_DF.T)
         return transposed(by_pairs.sum_by(found.latents_P, weights_P, found.rows_P, centred_BD, start_FD))
 
-    dw_enc_DF = _switch(out_BF, None, x_BD.shape[1], compute, dense, sparse)
+    dw_enc_DF = _switch(_words(out_BF), out_BF.shape, x_BD.shape[1], ("scatter",), compute, dense, sparse)
     db_pre_D = -(w_enc_DF @ summed(out_BF))
     # The compiler drops dx where nobody asks for it, as in training.
     return by_transposed(out_BF, w_enc_DF, gradient_dtype(compute.dtype)), db_pre_D, dw_enc_DF
@@ -151,7 +153,7 @@ def _decoded(how: _How, codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Arra
     rows, (latents, width) = codes_BF.shape[0], w_dec_FD.shape
 
     def dense() -> Array:
-        return _dense(how, codes_BF, w_dec_FD)
+        return _of_shard(how, latents, partial(_groups, codes_BF, w_dec_FD, how.compute))
 
     def sparse(found: _Found) -> Array:
         start_ND = jnp.zeros((how.groups * rows, width), jnp.float32)
@@ -159,7 +161,7 @@ def _decoded(how: _How, codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Arra
         sums_ND = by_pairs.sum_by(keys_P, found.of(codes_BF), found.latents_P, w_dec_FD, start_ND)
         return sums_ND.reshape(how.groups, rows, width)
 
-    result: Array = _switch(codes_BF, wanted_BF, width, how.compute, dense, sparse)
+    result: Array = _switch(_words(codes_BF), codes_BF.shape, width, ("sum",), how.compute, dense, sparse)
     return result
 
 
@@ -174,47 +176,72 @@ def _decoded_backward(how: _How, saved: tuple[Array, Array | None, Array], out_G
     rows, (latents, width) = codes_BF.shape[0], w_dec_FD.shape
     out_ND = out_GBD.reshape(-1, width)
 
-    def dense() -> tuple[Array, ...]:
-        if how.held:
-            return jax.vjp(lambda codes_BF: _dense(how, codes_BF, w_dec_FD), codes_BF)[1](out_GBD)
-        return jax.vjp(partial(_dense, how), codes_BF, w_dec_FD)[1](out_GBD)
+    def dense_to_codes() -> Array:
+        def back(cuts: Cuts) -> Array:
+            return jax.vjp(lambda codes_BF: _groups(codes_BF, w_dec_FD, how.compute, cuts), codes_BF)[1](out_GBD)[0]
 
-    def sparse(found: _Found) -> tuple[Array, ...]:
-        keys_P = how.group_of(found.latents_P, latents) * rows + found.rows_P
-        dvalues_P = jnp.where(found.there_P, dots(out_ND, w_dec_FD, keys_P, found.latents_P), 0.0)
-        to_codes = jnp.zeros_like(codes_BF).at[found.rows_P, found.latents_P].add(dvalues_P)
-        if how.held:
-            return (to_codes,)
+        return _of_shard(how, latents, back)
+
+    def dense_to_weights() -> Array:
+        def back(cuts: Cuts) -> Array:
+            return jax.vjp(lambda w_dec_FD: _groups(codes_BF, w_dec_FD, how.compute, cuts), w_dec_FD)[1](out_GBD)[0]
+
+        return _of_shard(how, latents, back)
+
+    def rows_of(found: _Found) -> Array:
+        return how.group_of(found.latents_P, latents) * rows + found.rows_P
+
+    def sparse_to_codes(found: _Found) -> Array:
+        dvalues_P = jnp.where(found.there_P, dots(out_ND, w_dec_FD, rows_of(found), found.latents_P), 0.0)
+        return jnp.zeros_like(codes_BF).at[found.rows_P, found.latents_P].add(dvalues_P)
+
+    def sparse_to_weights(found: _Found) -> Array:
         start_FD = jnp.zeros_like(w_dec_FD)
-        return to_codes, by_pairs.sum_by(found.latents_P, found.of(codes_BF), keys_P, out_ND, start_FD)
+        return by_pairs.sum_by(found.latents_P, found.of(codes_BF), rows_of(found), out_ND, start_FD)
 
-    to_codes, *to_weights = _switch(codes_BF, wanted_BF, width, how.compute, dense, sparse)
-    return to_codes, None, to_weights[0] if to_weights else jnp.zeros_like(w_dec_FD)
+    switch = partial(_switch, shape=codes_BF.shape, width=width, compute=how.compute)
+    words_BW = _words(codes_BF)
+    if wanted_BF is None and not how.held:  # one list serves both
+        to_both: tuple[Array, Array] = switch(
+            words_BW,
+            products=("dot", "scatter"),
+            dense=lambda: (dense_to_codes(), dense_to_weights()),
+            sparse=lambda found: (sparse_to_codes(found), sparse_to_weights(found)),
+        )
+        return to_both[0], None, to_both[1]
+    wanted_BW = words_BW if wanted_BF is None else words_BW | words(wanted_BF, lambda part: part)
+    to_codes = switch(wanted_BW, products=("dot",), dense=dense_to_codes, sparse=sparse_to_codes)
+    if how.held:
+        return to_codes, None, jnp.zeros_like(w_dec_FD)
+    # Codes of 0 add nothing here.
+    to_weights = switch(words_BW, products=("scatter",), dense=dense_to_weights, sparse=sparse_to_weights)
+    return to_codes, None, to_weights
 
 
 _decoded.defvjp(_decoded_forward, _decoded_backward)
 
 
-def _dense(how: _How, codes_BF: Array, w_dec_FD: Array) -> Float[Array, "G B D"]:
-    dtype = how.compute.dtype
-    if how.compute.mesh is None or not how.starts:
-        cuts = pairwise((0, *how.starts, w_dec_FD.shape[0]))
-        return jnp.stack([matmul(codes_BF[:, start:stop], w_dec_FD[start:stop], dtype) for start, stop in cuts])
-    # Where a group begins need not be where a shard does: each device multiplies for those that it holds a part of.
-    group_F = how.group_of(jnp.arange(w_dec_FD.shape[0], dtype=jnp.int32), w_dec_FD.shape[0])
-
-    def product(group: int, codes_BF: Array, w_dec_FD: Array) -> Array:
-        return matmul(jnp.where(group_F[None] == group, codes_BF, 0.0), w_dec_FD, dtype)
-
-    def nothing(codes_BF: Array, w_dec_FD: Array) -> Array:
-        return jnp.zeros((codes_BF.shape[0], w_dec_FD.shape[1]), jnp.float32)
-
+def _groups(codes_BF: Array, w_dec_FD: Array, compute: Compute, cuts: Cuts) -> Float[Array, "G B D"]:
+    """The dense product of each group of latents, which lie between two ``cuts``."""
     return jnp.stack(
-        [
-            jax.lax.cond(jnp.any(group_F == group), partial(product, group), nothing, codes_BF, w_dec_FD)
-            for group in range(how.groups)
-        ]
+        [matmul(codes_BF[:, start:stop], w_dec_FD[start:stop], compute.dtype) for start, stop in pairwise(cuts)]
     )
+
+
+def _of_shard(how: _How, own: int, function: Callable[[Cuts], Array]) -> Array:
+    """``function`` of where groups are cut among this device's ``own`` latents; many begin and end at one place.
+
+    Where a group begins need not be where a shard does. The cuts of all shards are known ahead, so that each multiplies
+    its own latents once.
+    """
+    mesh = how.compute.mesh
+    shards = 1 if mesh is None or not how.starts else mesh.shape[MODEL]
+    bounds = (0, *how.starts, shards * own)
+    cuts = [tuple(min(max(bound - shard * own, 0), own) for bound in bounds) for shard in range(shards)]
+    if shards == 1:
+        return function(cuts[0])
+    result: Array = jax.lax.switch(jax.lax.axis_index(MODEL), [partial(function, each) for each in cuts])
+    return result
 
 
 class _Found(NamedTuple):
@@ -229,29 +256,34 @@ class _Found(NamedTuple):
         return jnp.where(self.there_P, values_BF[self.rows_P, self.latents_P], 0.0)
 
 
+def _words(values_BF: Float[Array, "B F"]) -> UInt32[Array, "B W"]:
+    """Which entries are not 0, as ``bit_words``."""
+    return words(values_BF, lambda part: part != 0)
+
+
 def _switch(
-    values_BF: Array,
-    wanted_BF: Array | None,
+    words_BW: Array,
+    shape: tuple[int, ...],
     width: int,
+    products: Sequence[Product],
     compute: Compute,
     dense: Callable[[], Any],
     sparse: Callable[[_Found], Any],
 ) -> Any:
-    """``sparse`` of the entries that are wanted or not 0 if they are few, else ``dense``."""
-    rows, latents = values_BF.shape
-    sizes = limits(rows, latents, width, compute)
+    """``sparse`` of the entries in ``words_BW`` if they are few, else ``dense``; both compute ``products``."""
+    sizes = limits(shape, width, products, compute)
     if not sizes:
         return dense()
-    words_BW = words(values_BF, lambda part: part != 0)
-    if wanted_BF is not None:
-        words_BW |= words(wanted_BF, lambda part: part)
     branch = jnp.sum(jnp.sum(counts(words_BW), dtype=jnp.int32) > jnp.array(sizes), dtype=jnp.int32)
     found = [partial(lambda most: sparse(_Found(*entries(words_BW, most))), most) for most in sizes]
     return jax.lax.switch(largest_of_stack(branch), [*found, dense])
 
 
-def limits(rows: int, latents: int, width: int, compute: Compute) -> list[int]:
-    """Numbers of entries that are compiled for; none where only the dense way is."""
+def limits(shape: tuple[int, ...], width: int, products: Sequence[Product], compute: Compute) -> list[int]:
+    """Numbers of entries of one device's codes [B, F] that are compiled for; none where only the dense way is."""
+    rows, latents = shape
+    if rows * latents >= 1 << 31:  # more than are counted here
+        return []
     shares = SHARES if compute.tpu is None else TPU_SHARES
     sizes = [Sizes(rows, width, latents, latents // share) for share in shares if share <= latents]
-    return [rows * each.active for each in sizes if way("sum", each, compute, kernel=False) != "dense"]
+    return [rows * each.active for each in sizes if gathers_pay(products, each, compute)]

@@ -39,13 +39,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from saex_pipe.common.sae.batch_sums import rows_above_zero, scaled, shifted
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.contract import DecoderRows, LossTerms, Moment, Params, Variant, variant
 from saex_pipe.common.sae.initial import DataStats, Initial
-from saex_pipe.common.sae.reconstruction import Fit, fit
+from saex_pipe.common.sae.nested import decode_nested, fit_nested, with_bias
 from saex_pipe.common.sae.straight_through import above, jump, near, rows_above
 
 JumpReluForm = Literal["l0", "tanh", "target_l0"]
@@ -99,6 +99,11 @@ class JumpRelu(Variant):
     centred: bool = PUBLISHED["tanh"].centred
     initial: Initial = Initial(encoder_bias="firing_share")
 
+    @property
+    def level_widths(self) -> tuple[int, ...]:
+        """How many latents each nested dictionary has: one that has all."""
+        return (self.latents,)
+
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the form is published with."""
@@ -133,25 +138,13 @@ class JumpRelu(Variant):
         z_BF = self.pre_activations(params, x_BD, compute)
         codes_BF = jump(z_BF, params["threshold_F"], self.bandwidth, self.jumprelu_form == "tanh")
         near_BF = near(z_BF, params["threshold_F"], self.bandwidth)
-        fitted = self.fitted(params, x_BD, target_BD, codes_BF, near_BF, compute)
+        levels = decode_nested(codes_BF, params["w_dec_FD"], self.level_widths, compute, wanted_BF=near_BF)
+        levels = with_bias(self, params, x_BD, levels, compute)
+        fitted = fit_nested(self.reconstruction, target_BD, levels)
         sparsity = moment.sparsity_scale * self.sparsity_coefficient * self._penalty(params, z_BF, codes_BF)
         auxiliary = self._pull(params, z_BF, moment.dead_F)
         active_F = rows_above_zero(codes_BF)
         return LossTerms.of(fitted, active_F, x_BD.shape[0], sparsity=sparsity, auxiliary=auxiliary)
-
-    def fitted(
-        self,
-        params: Params,
-        x_BD: Float[Array, "B D_in"],
-        target_BD: Float[Array, "B D_out"],
-        codes_BF: Float[Array, "B F"],
-        near_BF: Bool[Array, "B F"],
-        compute: Compute,
-    ) -> Fit:
-        """How well the codes reconstruct the target, as it enters the loss; those near a threshold get a gradient."""
-        recon_BD = self.decode_few(params, codes_BF, compute, wanted_BF=near_BF)
-        recon_BD = self.with_skip(params, x_BD, recon_BD, compute)
-        return fit(self.reconstruction, target_BD, recon_BD)
 
     def _penalty(self, params: Params, z_BF: Array, codes_BF: Array) -> Float[Array, ""]:
         rows = z_BF.shape[0]

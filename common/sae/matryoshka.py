@@ -10,15 +10,9 @@ general ones. The levels are summed, each counted once: with G levels a mean wou
 heavy (dictionary_learning divides by G twice). A trained SAE is its last level.
 """
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
-
 from saex_pipe.common.sae.batchtopk import BatchTopK
-from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.contract import Params, variant
+from saex_pipe.common.sae.contract import variant
 from saex_pipe.common.sae.jumprelu import SWEPT, JumpRelu
-from saex_pipe.common.sae.nested import decode_nested, fit_nested
-from saex_pipe.common.sae.reconstruction import Fit
 
 LEVEL_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # groups of a 32nd, 16th, eighth and quarter, and the rest
 
@@ -47,18 +41,7 @@ class MatryoshkaJumpRelu(JumpRelu):
 
     levels: tuple[int, ...] = ()  # latents of the nested dictionaries; (): at LEVEL_SHARES
 
-    def fitted(
-        self,
-        params: Params,
-        x_BD: Float[Array, "B D_in"],
-        target_BD: Float[Array, "B D_out"],
-        codes_BF: Float[Array, "B F"],
-        near_BF: Bool[Array, "B F"],
-        compute: Compute,
-    ) -> Fit:
-        """The sum over levels."""
-        widths = widths_at(self.latents, self.levels)
-        nested = decode_nested(codes_BF, params["w_dec_FD"], widths, compute, wanted_BF=near_BF)
-        bias_BD = jnp.broadcast_to(params["b_dec_D"][None], target_BD.shape)
-        bias_BD = self.with_skip(params, x_BD, bias_BD, compute)
-        return fit_nested(self.reconstruction, target_BD, [recon_BD + bias_BD for recon_BD in nested])
+    @property
+    def level_widths(self) -> tuple[int, ...]:
+        """How many latents each nested dictionary has."""
+        return widths_at(self.latents, self.levels)

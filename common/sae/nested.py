@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from saex_pipe.common.sae import few
 from saex_pipe.common.sae.compute import Compute
+from saex_pipe.common.sae.contract import Params, Variant
 from saex_pipe.common.sae.pairs import Pairs, decoded
 from saex_pipe.common.sae.reconstruction import Fit, Reconstruction, fit
 
@@ -28,8 +29,11 @@ def decode_nested(
 ) -> list[Float[Array, "B D"]]:
     """Reconstructions by the first ``width`` latents, without bias, for each of the ascending ``widths``.
 
-    Codes that are 0 get a gradient where they are ``wanted``, as in ``few.decoded``.
+    The last width is that of all latents. Codes that are 0 get a gradient where they are ``wanted``, as in
+    ``few.decoded``.
     """
+    if widths[-1] != w_dec_FD.shape[0]:
+        raise ValueError(f"the widest of the levels {widths} is not all {w_dec_FD.shape[0]} latents")
     groups_GBD = few.decoded_groups(codes_BF, w_dec_FD, tuple(widths[:-1]), compute, wanted_BF=wanted_BF)
     return _running_sums(list(groups_GBD))
 
@@ -47,6 +51,19 @@ def decode_nested_pairs(
 
 def _running_sums(groups: list[Float[Array, "B D"]]) -> list[Float[Array, "B D"]]:
     return list(accumulate(groups, jnp.add))
+
+
+def with_bias(
+    variant: Variant,
+    params: Params,
+    x_BD: Float[Array, "B D_in"],
+    levels: Sequence[Float[Array, "B D_out"]],
+    compute: Compute,
+) -> list[Float[Array, "B D_out"]]:
+    """The levels with the decoder's bias and the skip path, which are the same for all."""
+    bias_BD = jnp.broadcast_to(params["b_dec_D"][None], levels[0].shape)
+    bias_BD = variant.with_skip(params, x_BD, bias_BD, compute)
+    return [recon_BD + bias_BD for recon_BD in levels]
 
 
 def fit_nested(kind: Reconstruction, target_BD: Float[Array, "B D"], levels: Sequence[Float[Array, "B D"]]) -> Fit:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from saex_pipe.common.sae import sparse
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.crossover import Sizes, way
+from saex_pipe.common.sae.crossover import Sizes, gathers_pay
 from saex_pipe.common.sae.matmul import transposed
 
 
@@ -27,9 +27,11 @@ class Pairs(NamedTuple):
 
 
 def pays(compute: Compute, sizes: Sizes) -> bool:
-    """Whether to compute with pairs; K of ``sizes`` is the mean over rows. All products follow the decoder's."""
-    # A list of pairs has no layout over devices.
-    return compute.mesh is None and way("sum", sizes, compute, kernel=False) != "dense"
+    """Whether a step computes with one list of pairs; K of ``sizes`` is the mean over rows.
+
+    One list has no layout over devices: on a mesh each makes its own (``few``).
+    """
+    return compute.mesh is None and gathers_pay(("sum", "dot", "scatter", "scatter"), sizes, compute)
 
 
 @jax.custom_vjp

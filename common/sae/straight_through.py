@@ -75,7 +75,8 @@ rows_above.defvjp(_rows_above_forward, _rows_above_backward)
 
 
 def near(z_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"], bandwidth: float) -> Bool[Array, "B F"]:
-    """Where ``z`` is within half a bandwidth of its threshold: there ``jump`` asks for the gradient of a code of 0."""
+    """Where ``z`` is within half a bandwidth of its threshold: there ``jump`` asks for the gradient of the code, which
+    below the threshold is 0."""
     return jnp.abs(z_BF - threshold_F[None]) < bandwidth / 2
 
 

@@ -74,7 +74,8 @@ def test_a_cut_has_as_many_entries_above_it_as_asked_for() -> None:
 def test_counts_of_a_batch_stop_at_the_most_that_there_is(counts: list[int]) -> None:
     expected = min(sum(counts), (1 << 31) - 1)
     assert int(jax.jit(capped_sum)(jnp.array(counts, jnp.int32))) == expected
-    full = jnp.full(1 << 16, (1 << 16) - 1, jnp.int32)  # as many as there may be
+    full = jnp.full(1 << 16, (1 << 16) - 1, jnp.int32)  # lower halves go beyond an int32
+    assert int(capped_sum(full)) == (1 << 31) - 1
     assert int(capped_sum(full.at[1 << 15 :].set(0))) == ((1 << 16) - 1) << 15
 
 

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from sae_references import batchtopk as reference
 
+from saex_pipe.common.mesh import make_mesh
 from saex_pipe.common.sae.batchtopk import BatchTopK
 from saex_pipe.common.sae.calibration import calibrated
+from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Params
 from saex_pipe.common.sae.folding import fold
 from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
+from saex_pipe.common.sae.sharding import shardings
 
 WIDTH, LATENTS, K = 16, 48, reference.K
 
@@ -72,6 +75,18 @@ def test_the_thresholds_hold_for_raw_rows_once_a_scale_is_folded(
     assert active(Sae(variant, fold(variant, found, Normalisers(normaliser, normaliser))), raw) == pytest.approx(
         K * 96 * 3, abs=2
     )
+
+
+@pytest.mark.parametrize("k", [K, 40])  # at 40 a device's largest are all of its own, and fewer are positive than asked
+def test_a_mesh_finds_the_same_thresholds(k: int, toy_rows: Callable[..., jax.Array]) -> None:
+    variant, mesh = BatchTopK(latents=LATENTS, k=k), make_mesh(4)
+    params, batches = start(variant), [toy_rows(seed) for seed in range(3)]
+    batches[2] = 6 * batches[2]
+    placed = jax.device_put(params, shardings(params, LATENTS, mesh))
+    found = calibrated(variant, placed, lambda: batches, Compute(mesh=mesh))
+    expected = calibrated(variant, params, lambda: batches)
+    assert (float(expected["threshold_F"][0]) > 0) == (k == K)
+    np.testing.assert_allclose(found["threshold_F"], expected["threshold_F"], rtol=1e-6)
 
 
 def test_where_fewer_codes_are_positive_than_asked_for_all_of_them_count(toy_rows: Callable[..., jax.Array]) -> None:

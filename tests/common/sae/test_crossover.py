@@ -1,11 +1,13 @@
 """Which way products with codes go: the roofline by hand, and its crossovers."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from saex_pipe.common.sae import compute as compute_module
 from saex_pipe.common.sae import few
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.crossover import CPU_LATENTS_PER_ACTIVE, Sizes, expected_seconds, way
+from saex_pipe.common.sae.crossover import CPU_LATENTS_PER_ACTIVE, Product, Sizes, expected_seconds, gathers_pay, way
 
 MiB = 2**20
 
@@ -82,13 +84,38 @@ def test_the_crossover_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, None, "sum", few._replace(active=6)) == "dense"
 
 
-@pytest.mark.parametrize("kind", ["v5e", "v5p"])
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e"])
 def test_on_tpus_few_of_unknown_number_are_gone_by_in_large_dictionaries_only(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(compute_module, "tpu_kind", lambda device: kind)
-    assert few.limits(4096, 1 << 16, 2304, Compute()) == [4096 * 4, 4096 * 16]
-    assert few.limits(4096, 1 << 13, 2304, Compute()) == [4096 * 2]  # 16,384 latents are not there
-    assert few.limits(4096, 1 << 11, 2304, Compute()) == []
-    assert few.limits(4096, 1 << 16, 2304, Compute(codes="dense")) == []
-    assert few.limits(8, 1 << 16, 2304, Compute()) == [8 * 4, 8 * 16]
+
+    def limits(shape: tuple[int, int], products: Sequence[Product] = ("sum",), **compute: str) -> list[int]:
+        return few.limits(shape, 2304, products, Compute(**compute))
+
+    assert limits((4096, 1 << 16)) == [4096 * 4, 4096 * 16]
+    # A scatter writes all weights, and a row of them for each active latent several times over.
+    assert limits((4096, 1 << 16), ("scatter",)) == ([] if kind == "v6e" else [4096 * 4])
+    assert limits((4096, 1 << 16), ("dot", "scatter")) == [4096 * 4]
+    assert limits((4096, 1 << 13)) == [4096 * 2]  # 16,384 latents are not there
+    assert limits((4096, 1 << 11)) == []
+    assert limits((4096, 1 << 16), codes="dense") == []
+    assert limits((8, 1 << 16)) == [8 * 4, 8 * 16]
+    assert limits((1 << 15, 1 << 16)) == []  # more than an int32 counts
+
+
+def test_products_that_go_together_are_gone_by_where_they_pay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Sizes(4096, 2304, 1 << 16, 4)
+
+    def pays(*products: Product, kind: str | None = "v6e", sizes: Sizes = sizes, codes: str = "auto") -> bool:
+        monkeypatch.setattr(compute_module, "tpu_kind", lambda device: kind)
+        return gathers_pay(products, sizes, Compute(codes=codes))
+
+    assert pays("sum")
+    assert pays("dot", "scatter")
+    assert not pays("scatter")  # it loses 1.2 ms where the dot gains 1.7
+    assert pays("scatter", codes="sparse")
+    assert not pays("sum", codes="dense")
+    few = sizes._replace(active=(1 << 16) // CPU_LATENTS_PER_ACTIVE)
+    assert pays("scatter", kind=None, sizes=few)
+    assert not pays("scatter", kind=None, sizes=few._replace(active=few.active + 1))

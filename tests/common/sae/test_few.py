@@ -104,6 +104,51 @@ def test_each_device_of_a_mesh_goes_by_what_is_active_of_its_own(model_axis: int
         close(dw_DF, (x_BD - b_D).T @ codes_BF)
 
 
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize(("model_axis", "stack"), [(1, 0), (4, 0), (8, 0), (4, 2)])
+def test_groups_of_latents_that_begin_anywhere_among_the_shards(
+    model_axis: int, stack: int, wanted: bool, held: bool
+) -> None:
+    """Whole groups and parts of them on a shard, wanted codes and held weights, where some devices have few and others
+    many."""
+    mesh = make_mesh(model_axis)
+    data, starts = mesh.shape["data"], (100, 130, 300)
+    compute = Compute(mesh=mesh)
+    w_FD, out_GBD = arrays(10, (LATENTS, WIDTH), (len(starts) + 1, ROWS, WIDTH))
+    wanted_BF = np.zeros((ROWS, LATENTS), bool)
+    wanted_BF.ravel()[::211] = wanted
+    codes_BF = sparse_codes(LIMITS[0])
+    codes_BF[: ROWS // 2, 100 : 100 + LATENTS // 4] = 1.0
+    given_BF = jnp.asarray(wanted_BF) if wanted else None
+
+    def both(codes_BF: jax.Array, w_FD: jax.Array) -> tuple:
+        def decode(codes_BF: jax.Array, w_FD: jax.Array) -> jax.Array:
+            return few.decoded_groups(codes_BF, w_FD, starts, compute, wanted_BF=given_BF, held=held)
+
+        groups_GBD, back = jax.vjp(decode, codes_BF, w_FD)
+        return groups_GBD, *back(jnp.asarray(out_GBD))
+
+    if stack:  # which takes the way of its fullest
+        again = jax.jit(jax.vmap(both))
+        found = again(np.stack([codes_BF, np.zeros_like(codes_BF)]), np.stack([w_FD] * stack))
+        groups_GBD, dcodes_BF, dw_FD = (each[0] for each in found)
+    else:
+        groups_GBD, dcodes_BF, dw_FD = jax.jit(both)(codes_BF, w_FD)
+    group_F = np.searchsorted(starts, np.arange(LATENTS), side="right")
+    own_GBF = codes_BF * (group_F == np.arange(len(starts) + 1)[:, None])[:, None]
+    close(groups_GBD, own_GBF @ w_FD)
+    close(dw_FD, np.zeros_like(w_FD) if held else np.einsum("gbf,gbd->fd", own_GBF, out_GBD))
+    reached_BF = (codes_BF != 0) | wanted_BF
+    parts = reached_BF.reshape(data, ROWS // data, model_axis, LATENTS // model_axis)
+    most = ROWS // data * (LATENTS // model_axis // few.SHARES[-1])
+    is_dense = np.broadcast_to(np.count_nonzero(parts, axis=(1, 3), keepdims=True) > most, parts.shape)
+    assert is_dense.any()
+    assert not is_dense.all()
+    dense = np.einsum("fd,fbd->bf", w_FD, out_GBD[group_F])
+    close(dcodes_BF, np.where(is_dense.reshape(codes_BF.shape) | reached_BF, dense, 0))
+
+
 @pytest.mark.parametrize("active", [0, LIMITS[0], LIMITS[-1], 3000])
 @pytest.mark.parametrize("codes", ["auto", "dense"])
 def test_the_gradients_of_encoding(active: int, codes: str) -> None:

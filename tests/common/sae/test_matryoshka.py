@@ -1,5 +1,6 @@
 """What only Matryoshka SAEs have: nested levels at the cost of one decode, on one device and over a mesh."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -59,6 +60,26 @@ def test_levels_and_their_gradients_equal_decoding_each_by_itself() -> None:
             [*levels, *pull(list(jnp.asarray(weights_GBD)))], [*each, dvalues_P, dw_FD], strict=True
         ):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_axis", [8, 2])  # the first two levels end on one shard, and within shards
+def test_on_a_mesh_every_device_multiplies_its_latents_once(model_axis: int) -> None:
+    mesh = make_mesh(model_axis)
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
+        for shape, axes in (((256, 512), ("data", "model")), ((512, 64), ("model",)))
+    ]
+    compute, widths = Compute(codes="dense", mesh=mesh), (10, 30, 112, 240, 512)
+    text = jax.jit(lambda codes, w: decode_nested(codes, w, widths, compute)).lower(*shapes).as_text()
+    own = 512 // model_axis
+    for branch in text.split("stablehlo.case")[1].split("}, {"):  # one for each shard
+        inner = [int(size) for size in re.findall(r"dot_general.*tensor<(\d+)x64xf32>\)", branch)]
+        assert sum(inner) == own, inner
+
+
+def test_a_widest_level_that_is_not_all_latents_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(9, 30\) is not all 40 latents"):
+        decode_nested(jnp.zeros((4, 40)), jnp.zeros((40, 3)), (9, 30), PLAIN)
 
 
 def test_all_levels_cost_as_much_as_the_last() -> None:
