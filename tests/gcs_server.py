@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(self.steps) <= 6 or not self.steps[6]:
             self.answer(200, self.listing(bucket))
             return
-        current = self.server.objects.get((bucket, unquote("/".join(self.steps[6:]))))
+        current = self.server.objects.get((bucket, self.object_name()))
         if current is None:
             return self.refuse(404)
         if code := self.refused_by_precondition(current):
@@ -124,15 +124,24 @@ class Handler(BaseHTTPRequestHandler):
         data, generation = current
         headers = {"x-goog-generation": generation, "Content-Type": "application/octet-stream"}
         if self.query.get("alt") != "media":
-            return self.answer(200, self.described(bucket, unquote("/".join(self.steps[6:])), data, generation))
+            return self.answer(200, self.described(bucket, self.object_name(), data, generation))
         if "Range" not in self.headers:
             return self.answer(200, data, **headers)
-        first, last = self.headers["Range"].split("=")[1].split("-")
-        start = int(first) if first else max(0, len(data) - int(last))
-        stop = min(len(data), int(last) + 1) if first and last else len(data)
-        if start >= len(data):
+        wanted = self.range_of(len(data))
+        if wanted.start >= len(data):
             return self.refuse(416)
-        return self.answer(206, data[start:stop], Content_Range=f"bytes {start}-{stop - 1}/{len(data)}", **headers)
+        content = f"bytes {wanted.start}-{wanted.stop - 1}/{len(data)}"
+        return self.answer(206, data[wanted.start : wanted.stop], Content_Range=content, **headers)
+
+    def object_name(self) -> str:
+        """Of the object that is asked for."""
+        return unquote("/".join(self.steps[6:]))
+
+    def range_of(self, size: int) -> range:
+        """The bytes that are asked for of an object of ``size``."""
+        first, last = self.headers.get("Range", "bytes=0-").split("=")[1].split("-")
+        start = int(first) if first else max(0, size - int(last))
+        return range(start, min(size, int(last) + 1) if first and last else size)
 
     def listing(self, bucket: str) -> bytes:
         """One page of at most 50 objects."""
@@ -149,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         if not self.begin():
             return
-        key = self.steps[4], unquote("/".join(self.steps[6:]))
+        key = self.steps[4], self.object_name()
         with self.server.lock:
             current = self.server.objects.get(key)
             code = 404 if current is None else self.refused_by_precondition(current)

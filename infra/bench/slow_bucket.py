@@ -29,10 +29,8 @@ class Rate:
 
     def __call__(self, handler: Handler) -> bool:
         """Wait; False, as the request is still to be answered."""
-        size = 0
-        if "Range" in handler.headers:
-            first, last = handler.headers["Range"].split("=")[1].split("-")
-            size = int(last) - int(first) + 1 if first and last else int(last or 0)
+        data, _ = handler.server.objects.get((BUCKET, handler.object_name()), (b"", 0))
+        size = len(handler.range_of(len(data))) if handler.query.get("alt") == "media" else 0
         with self._lock:
             self._free_at = max(self._free_at, time.monotonic()) + size / self._bytes_per_second
             free_at = self._free_at
