@@ -1,4 +1,4 @@
-"""The dimension key. Array names end in their axes: ``acts_BD``, ``codes_BF``, ``w_enc_DF``.
+"""The dimension key. Array names end in their axes: ``acts_BD``, ``codes_BF``, ``w_enc_FD``.
 
 Public arguments carry the same letters as jaxtyping annotations, ``Float[Array, "B D"]``.
 """

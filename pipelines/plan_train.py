@@ -115,7 +115,7 @@ def plan_train(config: Config, width: int | None, on: Topology) -> TrainPlan:
     return TrainPlan(
         variant=config.variant,
         latents=variant.latents,
-        width=state.params["w_enc_DF"].shape[0],
+        width=state.params["w_enc_FD"].shape[1],
         topology=on.name,
         chips=on.chips,
         data_parallel=mesh.shape[DATA],

@@ -132,9 +132,21 @@ class TrainingState:
         return [0, *sorted(self._manager.all_steps())]
 
     def restore(self, step: int, like: Any) -> Any:
-        """The tree that was saved as the state after ``step`` steps, with the shapes and shardings of ``like``."""
+        """The tree that was saved as the state after ``step`` steps, with the shapes and shardings of ``like``.
+
+        Raises:
+            InputError: its leaves have other names than those of ``like``.
+        """
         with self._explained("read"):
-            return self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
+            try:
+                return self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
+            except ValueError as error:
+                if "Structure mismatch" not in str(error):
+                    raise
+                raise InputError(
+                    f"{self._uri}/{step} holds a training of another version of saex-pipe ({str(error)[:200]})",
+                    "go on with that version, or train again with --force",
+                ) from None
 
     def __enter__(self) -> "TrainingState":
         return self

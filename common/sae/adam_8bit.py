@@ -28,7 +28,6 @@ import optax
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from saex_pipe.common.sae.adam import Rate, clip_factor
-from saex_pipe.common.sae.contract import latent_axis
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -58,8 +57,8 @@ def adam_8bit(
     """Updates of a dict of parameters whose names end in their axes; ``rate`` and the rest as of ``adam_by``."""
 
     def init(params: dict[str, Array]) -> Adam8BitState:
-        mean = {name: _zeros(name, leaf, jnp.int8) for name, leaf in params.items()} if momentum else {}
-        root = {name: _zeros(name, leaf, jnp.uint8) for name, leaf in params.items()}
+        mean = {name: _zeros(leaf, jnp.int8) for name, leaf in params.items()} if momentum else {}
+        root = {name: _zeros(leaf, jnp.uint8) for name, leaf in params.items()}
         return Adam8BitState(jnp.zeros((), jnp.int32), mean, root)
 
     def update(gradients: dict[str, Array], state: Adam8BitState, params: Any = None) -> tuple[Any, Adam8BitState]:
@@ -81,7 +80,7 @@ def adam_8bit(
             updates[name] = -scale * m / (unbias_root * jnp.maximum(r, least) + epsilon)
             if isinstance(root, Levels):
                 bits = jax.random.bits(jax.random.fold_in(key, number), g.shape)
-                means[name], roots[name] = _levels(name, m, 127, bits & 0xFFFF), _levels(name, r, 255, bits >> 16)
+                means[name], roots[name] = _levels(m, 127, bits & 0xFFFF), _levels(r, 255, bits >> 16)
             else:
                 means[name], roots[name] = m, r
         return updates, Adam8BitState(state.updates_done + 1, means if momentum else {}, roots)
@@ -89,25 +88,24 @@ def adam_8bit(
     return optax.GradientTransformation(init, update)
 
 
-def _zeros(name: str, leaf: Array, dtype: Any) -> Levels | Array:
+def _zeros(leaf: Array, dtype: Any) -> Levels | Array:
     if leaf.ndim < 2:
         return jnp.zeros_like(leaf)
-    return Levels(jnp.zeros(leaf.shape, dtype), jnp.zeros(_largest(name, leaf).shape, jnp.float32))
+    return Levels(jnp.zeros(leaf.shape, dtype), jnp.zeros(_largest(leaf).shape, jnp.float32))
 
 
 def _value(moment: Levels | Array) -> Array:
     return moment.value() if isinstance(moment, Levels) else moment
 
 
-def _largest(name: str, leaf: Array) -> Array:
-    """The largest absolute entry of each latent; of a matrix without latents, of each row."""
-    axis = 0 if latent_axis(name) == 1 else 1
-    return jnp.max(jnp.abs(leaf), axis=axis, keepdims=True)
+def _largest(leaf: Array) -> Array:
+    """The largest absolute entry of each row."""
+    return jnp.max(jnp.abs(leaf), axis=1, keepdims=True)
 
 
-def _levels(name: str, leaf: Array, top: int, noise: Array) -> Levels:
+def _levels(leaf: Array, top: int, noise: Array) -> Levels:
     """``leaf`` rounded stochastically to ``top`` levels of its sign; ``noise`` is uniform in 0 to 65535."""
-    largest = _largest(name, leaf)
+    largest = _largest(leaf)
     scale = jnp.where(largest > 0, jnp.ldexp(1.0, jnp.frexp(largest / top)[1]), 0.0)
     part = (noise.astype(jnp.float32) + 0.5) / 65536
     level = jnp.clip(jnp.floor(leaf / jnp.maximum(scale, TINY) + part), -top, top)

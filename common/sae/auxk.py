@@ -40,14 +40,14 @@ def auxk_loss(
 
     Args:
         variant: says what the encoder reads (``b_pre``).
-        params: of which w_enc_DF, b_enc_F, w_dec_FD (and b_dec_D through ``b_pre``) get a gradient.
+        params: of which w_enc_FD, b_enc_F, w_dec_FD (and b_dec_D through ``b_pre``) get a gradient.
         x_BD: input, normalised.
         residual_BD: target minus reconstruction; gets no gradient.
         dead_F: the latents that count as dead.
         compute: of the matmuls.
         k: dead latents per row; None: half the target's width. At most the number of latents.
         stride: only every n-th row is read.
-        slots: of w_enc_DF and w_dec_FD, which get their gradients by way of them; None: they get them directly.
+        slots: of w_enc_FD and w_dec_FD, which get their gradients by way of them; None: they get them directly.
     """
     x_BD, residual_BD = x_BD[::stride], jax.lax.stop_gradient(residual_BD[::stride])
     k = min(k or max(1, residual_BD.shape[1] // 2), dead_F.shape[0])

@@ -118,7 +118,7 @@ class BatchTopK(Variant):
         """The same by way of the active latents only."""
         rows = x_BD.shape[0]
         held = jax.lax.stop_gradient(params)
-        u_BF = centred_matmul(x_BD, self.b_pre(held), held["w_enc_DF"], compute.dtype)
+        u_BF = centred_matmul(x_BD, self.b_pre(held), held["w_enc_FD"], compute.dtype)
 
         def scores(u_BC: Array, pick: Callable[[Array], Array]) -> Array:
             return self.scores(held, u_BC + pick(held["b_enc_F"]), pick)
@@ -127,7 +127,7 @@ class BatchTopK(Variant):
         latents_P = places_P % self.latents
         values_P = jnp.where(taken_P, u_BF.reshape(-1)[places_P] + held["b_enc_F"][latents_P], 0.0)
         pairs = Pairs(values_P, places_P // self.latents, latents_P)
-        codes_P, to_enc_FD = encoded(x_BD, self.b_pre(params), params["w_enc_DF"], params["b_enc_F"], pairs)
+        codes_P, to_enc_FD = encoded(x_BD, self.b_pre(params), params["w_enc_FD"], params["b_enc_F"], pairs)
         pairs = pairs._replace(values_P=codes_P)
         levels, to_dec_FD = decode_nested_pairs(pairs, params["w_dec_FD"], self.level_widths, rows)
         positive_P = (values_P > 0).astype(jnp.int32)

@@ -22,11 +22,12 @@ from saex_pipe.common.sae import few
 from saex_pipe.common.sae.batch_sums import shifted
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.initial import DataStats, Initial, initial_params
-from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.matmul import matmul, written_out
 from saex_pipe.common.sae.reconstruction import Fit, Reconstruction
 
-# Float32 arrays w_enc_DF [D_in, F], b_enc_F [F], w_dec_FD [F, D_out], b_dec_D [D_out]; with ``skip`` w_skip_DD
-# [D_in, D_out] too, and whatever else a variant has. Latents are the axis called F in the name.
+# Float32 arrays w_enc_FD [F, D_in] (the transpose of W_enc in equations), b_enc_F [F], w_dec_FD [F, D_out] and b_dec_D
+# [D_out]; with ``skip`` w_skip_DD [D_in, D_out] too, and whatever else a variant has. Latents are the axis called F
+# in the name, and the first.
 Params = dict[str, Array]
 
 DecoderRows = Literal["unit", "at_most_unit", "free"]
@@ -187,11 +188,11 @@ class Variant(ABC):
 
     def b_pre(self, params: Params) -> Float[Array, " D_in"]:
         """What is taken off the input before the encoder's matrix reads it."""
-        return params["b_dec_D"] if self.subtracts_decoder_bias else jnp.zeros(params["w_enc_DF"].shape[0], jnp.float32)
+        return params["b_dec_D"] if self.subtracts_decoder_bias else jnp.zeros(params["w_enc_FD"].shape[1], jnp.float32)
 
     def pre_activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Float[Array, "B F"]:
         """``(x - b_pre) W_enc + b_enc``, float32."""
-        z_BF = few.encoded(x_BD, self.b_pre(params), params["w_enc_DF"], compute)
+        z_BF = few.encoded(x_BD, self.b_pre(params), params["w_enc_FD"], compute)
         return shifted(z_BF, params["b_enc_F"])
 
     def shift_pre_activations(self, params: Params, shift_F: Float[Array, " F"]) -> Params:
@@ -224,9 +225,10 @@ class Variant(ABC):
         """Bring the parameters back onto the variant's constraint after an update."""
         if self.decoder_rows == "free":
             return params
-        norms_F1 = jnp.linalg.norm(params["w_dec_FD"], axis=1, keepdims=True)
+        w_dec_FD = written_out(params["w_dec_FD"])
+        norms_F1 = jnp.linalg.norm(w_dec_FD, axis=1, keepdims=True)
         limit_F1 = norms_F1 if self.decoder_rows == "unit" else jnp.maximum(norms_F1, 1.0)
-        return {**params, "w_dec_FD": params["w_dec_FD"] / jnp.maximum(limit_F1, 1e-30)}
+        return {**params, "w_dec_FD": w_dec_FD / jnp.maximum(limit_F1, 1e-30)}
 
     def learning_rate_factors(self) -> dict[str, float]:
         """Parameters that learn at another rate than the others, and how many times that rate."""
@@ -246,15 +248,14 @@ def variant(*, swept: tuple[str, ...] = ()) -> Callable[[type[V]], type[V]]:
 
 
 def axes_of(name: str) -> str:
-    """The axes in which the name of an array ends: ``"DF"`` of ``w_enc_DF``, ``""`` where there are none."""
+    """The axes in which the name of an array ends: ``"FD"`` of ``w_enc_FD``, ``""`` where there are none."""
     axes = name.rpartition("_")[2]
     return axes if axes.isalpha() and axes.isupper() else ""
 
 
-def latent_axis(name: str) -> int | None:
-    """Which axis of the parameter of that name is the latents', None where it has none."""
-    axes = axes_of(name)
-    return axes.index("F") if "F" in axes else None
+def has_latents(name: str) -> bool:
+    """Whether the parameter of that name has a row, or an entry, for each latent: they come first in all that do."""
+    return axes_of(name).startswith("F")
 
 
 def row_norms(w_FD: Float[Array, "F D"], tap_widths: tuple[int, ...] = ()) -> Float[Array, " F"]:

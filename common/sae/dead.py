@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae.batch_sums import shifted
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.contract import Params, Variant, latent_axis
+from saex_pipe.common.sae.contract import Params, Variant
 from saex_pipe.common.sae.matmul import centred_matmul, matmul
 from saex_pipe.common.sae.sharded import on_each_device
 from saex_pipe.common.sae.sharding import partition
@@ -46,13 +46,13 @@ def decode_dead(
     """``codes_of`` the pre-activations of the dead latents times W_dec, float32, without bias; 0 where none is dead.
 
     It is compiled for M = ``smallest``, four times that, and so on up to all latents, and the first of them that holds
-    the dead latents runs; of a stack the first that holds those of every SAE. w_enc_DF, b_enc_F, w_dec_FD and
+    the dead latents runs; of a stack the first that holds those of every SAE. w_enc_FD, b_enc_F, w_dec_FD and
     ``variant.b_pre`` get a gradient, the weights by way of their ``slots`` where there are some; ``x_BD`` gets none.
     Slots are not for a mesh.
     """
-    used = {name: params[name] for name in ("w_enc_DF", "b_enc_F", "w_dec_FD")}
+    used = {name: params[name] for name in ("w_enc_FD", "b_enc_F", "w_dec_FD")}
     if slots is not None:
-        used |= {name: jax.lax.stop_gradient(used[name]) for name in ("w_enc_DF", "w_dec_FD")}
+        used |= {name: jax.lax.stop_gradient(used[name]) for name in ("w_enc_FD", "w_dec_FD")}
     how = _How(codes_of, compute, smallest)
     if compute.mesh is None:
         return _decode(how, used, slots, variant.b_pre(params), x_BD, dead_F)
@@ -110,11 +110,8 @@ def _backward(
 ) -> tuple[Params, Slots | None, Array, Array, Array]:
     used, slots, b_pre_D, x_BD, dead_F, mark_B1 = saved
 
-    def as_asked(used: Params) -> Params:
-        return used if slots is None else _latents_first(used)
-
     def none_dead() -> tuple[Params, Array]:
-        return jax.tree.map(jnp.zeros_like, (as_asked(used), b_pre_D))
+        return jax.tree.map(jnp.zeros_like, (used, b_pre_D))
 
     def some_dead(size: int) -> tuple[Params, Array]:
         dead, is_dead_M = _first_dead(dead_F, size)
@@ -125,12 +122,10 @@ def _backward(
             return matmul(codes_BM, of_dead["w_dec_FD"], how.compute.dtype)
 
         to_dead, to_b_pre_D = jax.vjp(decode, _of(used, dead), b_pre_D)[1](out_BD)
-        gradients = as_asked(to_dead)
         if dead is None:
-            return gradients, to_b_pre_D
+            return to_dead, to_b_pre_D
         # Padding repeats a latent and adds 0 to its gradient.
-        zeros = jax.tree.map(jnp.zeros_like, as_asked(used))
-        return {name: leaf.at[_columns(name, dead)].add(gradients[name]) for name, leaf in zeros.items()}, to_b_pre_D
+        return {name: jnp.zeros_like(leaf).at[dead].add(to_dead[name]) for name, leaf in used.items()}, to_b_pre_D
 
     to_used, to_b_pre_D = _switch(how, dead_F, none_dead, some_dead)
     to_slots = None
@@ -165,17 +160,8 @@ def _first_dead(dead_F: Array, size: int) -> tuple[Array | None, Array]:
 def _of(used: Params, dead_M: Array | None) -> Params:
     if dead_M is None:
         return used
-    return {name: leaf[_columns(name, dead_M)] for name, leaf in used.items()}
-
-
-def _latents_first(used: Params) -> Params:
-    return {"w_enc_FD": used["w_enc_DF"].T, "b_enc_F": used["b_enc_F"], "w_dec_FD": used["w_dec_FD"]}
-
-
-def _columns(name: str, dead_M: Array) -> tuple[Any, ...]:
-    """An index of the parameter of that name along its axis of latents."""
-    return (*[slice(None)] * (latent_axis(name) or 0), dead_M)
+    return {name: leaf[dead_M] for name, leaf in used.items()}
 
 
 def _pre_activations(compute: Compute, used: Params, b_pre_D: Array, x_BD: Array) -> Float[Array, "B M"]:
-    return shifted(centred_matmul(x_BD, b_pre_D, used["w_enc_DF"], compute.dtype), used["b_enc_F"])
+    return shifted(centred_matmul(x_BD, b_pre_D, used["w_enc_FD"], compute.dtype), used["b_enc_F"])

@@ -28,7 +28,7 @@ from saex_pipe.common.sae.batch_sums import summed
 from saex_pipe.common.sae.bit_words import counts, entries, words
 from saex_pipe.common.sae.compute import Compute, gradient_dtype
 from saex_pipe.common.sae.crossover import Product, Sizes, gathers_pay
-from saex_pipe.common.sae.matmul import by_transposed, centred_matmul, matmul, over_rows, transposed
+from saex_pipe.common.sae.matmul import centred_matmul, matmul, over_rows
 from saex_pipe.common.sae.sharded import on_each_device
 from saex_pipe.common.sae.sparse import dots
 from saex_pipe.common.sae.stack import largest_of_stack
@@ -41,17 +41,17 @@ Cuts: TypeAlias = tuple[int, ...]  # where groups of latents begin, and where th
 
 
 def encoded(
-    x_BD: Float[Array, "B D"], b_pre_D: Float[Array, " D"], w_enc_DF: Float[Array, "D F"], compute: Compute
+    x_BD: Float[Array, "B D"], b_pre_D: Float[Array, " D"], w_enc_FD: Float[Array, "F D"], compute: Compute
 ) -> Float[Array, "B F"]:
-    """``(x_BD - b_pre_D) @ w_enc_DF``, whose gradient is that of few entries."""
+    """``(x_BD - b_pre_D) @ w_enc_FD.T``, whose gradient is that of few entries."""
 
-    def own(x_BD: Array, b_pre_D: Array, w_enc_DF: Array) -> Array:
-        return _encoded(x_BD, b_pre_D, w_enc_DF, compute)
+    def own(x_BD: Array, b_pre_D: Array, w_enc_FD: Array) -> Array:
+        return _encoded(x_BD, b_pre_D, w_enc_FD, compute)
 
     if compute.mesh is None:
-        return own(x_BD, b_pre_D, w_enc_DF)
-    encode = on_each_device(compute.mesh, own, (P(DATA), P(), P(None, MODEL)), P(DATA, MODEL))
-    return encode(x_BD, b_pre_D, w_enc_DF)
+        return own(x_BD, b_pre_D, w_enc_FD)
+    encode = on_each_device(compute.mesh, own, (P(DATA), P(), P(MODEL)), P(DATA, MODEL))
+    return encode(x_BD, b_pre_D, w_enc_FD)
 
 
 def decoded(
@@ -97,32 +97,31 @@ def decoded_groups(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _encoded(x_BD: Array, b_pre_D: Array, w_enc_DF: Array, compute: Compute) -> Array:
-    return centred_matmul(x_BD, b_pre_D, w_enc_DF, compute.dtype)
+def _encoded(x_BD: Array, b_pre_D: Array, w_enc_FD: Array, compute: Compute) -> Array:
+    return centred_matmul(x_BD, b_pre_D, w_enc_FD, compute.dtype)
 
 
 def _encoded_forward(
-    x_BD: Array, b_pre_D: Array, w_enc_DF: Array, compute: Compute
+    x_BD: Array, b_pre_D: Array, w_enc_FD: Array, compute: Compute
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _encoded(x_BD, b_pre_D, w_enc_DF, compute), (x_BD, b_pre_D, w_enc_DF)
+    return _encoded(x_BD, b_pre_D, w_enc_FD, compute), (x_BD, b_pre_D, w_enc_FD)
 
 
 def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_BF: Array) -> tuple[Array, Array, Array]:
-    x_BD, b_pre_D, w_enc_DF = saved
+    x_BD, b_pre_D, w_enc_FD = saved
     centred_BD = x_BD - b_pre_D[None]
 
     def dense() -> Array:
-        return over_rows(centred_BD, out_BF, gradient_dtype(compute.dtype))
+        return over_rows(out_BF, centred_BD, gradient_dtype(compute.dtype))
 
     def sparse(found: _Found) -> Array:
         weights_P = found.of(out_BF)
-        start_FD = jnp.zeros_like(w_enc_DF.T)
-        return transposed(by_pairs.sum_by(found.latents_P, weights_P, found.rows_P, centred_BD, start_FD))
+        return by_pairs.sum_by(found.latents_P, weights_P, found.rows_P, centred_BD, jnp.zeros_like(w_enc_FD))
 
-    dw_enc_DF = _switch(_words(out_BF), out_BF.shape, x_BD.shape[1], ("scatter",), compute, dense, sparse)
-    db_pre_D = -(w_enc_DF @ summed(out_BF))
+    dw_enc_FD = _switch(_words(out_BF), out_BF.shape, x_BD.shape[1], ("scatter",), compute, dense, sparse)
+    db_pre_D = -(summed(out_BF) @ w_enc_FD)
     # The compiler drops dx where nobody asks for it, as in training.
-    return by_transposed(out_BF, w_enc_DF, gradient_dtype(compute.dtype)), db_pre_D, dw_enc_DF
+    return matmul(out_BF, w_enc_FD, gradient_dtype(compute.dtype)), db_pre_D, dw_enc_FD
 
 
 _encoded.defvjp(_encoded_forward, _encoded_backward)

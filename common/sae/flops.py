@@ -16,7 +16,7 @@ from saex_pipe.common.sae.contract import Params, Variant
 
 def step_flops(variant: Variant, params: Params, rows: int) -> float:
     """Of a step on ``rows`` rows. ``params`` may be shapes, and have leading axes, which do not count."""
-    width_in, latents = params["w_enc_DF"].shape[-2:]
+    latents, width_in = params["w_enc_FD"].shape[-2:]
     width_out = params["w_dec_FD"].shape[-1]
     active = min(getattr(variant, "k", latents), latents)
     skip = 2 * width_in * width_out if variant.skip else 0

@@ -45,15 +45,15 @@ def unfold(variant: Variant, params: Params, normalisers: Normalisers) -> Params
 
 
 def _moved(variant: Variant, params: Params, on_input: Affine, on_target: Affine) -> Params:
-    w_enc_DF = on_input.before(params["w_enc_DF"])
+    w_enc_FD = on_input.before(params["w_enc_FD"].T).T
     b_dec_D = on_target.after(params["b_dec_D"][None])[0] + on_target.mean_D
-    moved = {**params, "w_enc_DF": w_enc_DF, "w_dec_FD": on_target.after(params["w_dec_FD"]), "b_dec_D": b_dec_D}
+    moved = {**params, "w_enc_FD": w_enc_FD, "w_dec_FD": on_target.after(params["w_dec_FD"]), "b_dec_D": b_dec_D}
     if variant.skip:
         w_skip_DD = on_target.after(on_input.before(params["w_skip_DD"]))
         moved |= {"w_skip_DD": w_skip_DD, "b_dec_D": b_dec_D - on_input.mean_D @ w_skip_DD}
     if variant.subtracts_decoder_bias:
         return moved
-    return variant.shift_pre_activations(moved, -(on_input.mean_D @ w_enc_DF))
+    return variant.shift_pre_activations(moved, -(w_enc_FD @ on_input.mean_D))
 
 
 def _check(variant: Variant, normalisers: Normalisers) -> None:
@@ -80,7 +80,7 @@ def fold_decoder_norms(params: Params) -> Params:
     """
     norms_F = jnp.linalg.norm(params["w_dec_FD"], axis=1)
     return {
-        "w_enc_DF": params["w_enc_DF"] * norms_F[None],
+        "w_enc_FD": params["w_enc_FD"] * norms_F[:, None],
         "b_enc_F": params["b_enc_F"] * norms_F,
         # A latent whose row is 0 stays as it is: it has no direction to normalise.
         "w_dec_FD": params["w_dec_FD"] / jnp.where(norms_F > 0, norms_F, 1.0)[:, None],

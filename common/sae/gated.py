@@ -45,7 +45,7 @@ class Gated(Penalised):
 
     def activations(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute) -> Activations:
         """Penalised is relu(pi)."""
-        u_BF = few.encoded(x_BD, self.b_pre(params), params["w_enc_DF"], compute)
+        u_BF = few.encoded(x_BD, self.b_pre(params), params["w_enc_FD"], compute)
         gate_BF = shifted(u_BF, params["b_enc_F"])
         magnitude_BF = jax.nn.relu(shifted(scaled(u_BF, jnp.exp(params["r_mag_F"])), params["b_mag_F"]))
         return Activations(gate_BF, jax.nn.relu(gate_BF), jnp.where(gate_BF > 0, magnitude_BF, 0.0))

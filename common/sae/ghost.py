@@ -45,7 +45,7 @@ def ghost_loss(
     Args:
         activation: h.
         variant: says what the encoder reads (``b_pre``).
-        params: of which w_enc_DF, b_enc_F, w_dec_FD (and b_dec_D through ``b_pre``) get a gradient.
+        params: of which w_enc_FD, b_enc_F, w_dec_FD (and b_dec_D through ``b_pre``) get a gradient.
         x_BD: input, normalised.
         residual_BD: target minus reconstruction; gets no gradient.
         reconstruction_loss: L_rec, in any unit; gets no gradient.

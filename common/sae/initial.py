@@ -107,7 +107,7 @@ def initial_params(
         assert stats.target_rows_ND is not None, "a geometric median needs rows"
         b_dec_D = geometric_median(stats.target_rows_ND)
     params = {
-        "w_enc_DF": w_enc_FD.T,
+        "w_enc_FD": w_enc_FD,
         "b_enc_F": _encoder_bias(initial, w_enc_FD, b_dec_D if centred else None, stats, firing_level),
         "w_dec_FD": w_dec_FD,
         "b_dec_D": b_dec_D,

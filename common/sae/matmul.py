@@ -11,8 +11,6 @@ from saex_pipe.common.sae.batch_sums import summed
 from saex_pipe.common.sae.compute import ComputeDtype, gradient_dtype
 from saex_pipe.common.sae.int8 import int8_product
 
-TURNED = 32  # rows that are transposed at a time on CPUs
-
 
 def _product(a: Array, b: Array, contract: tuple[int, int], compute_dtype: ComputeDtype) -> Array:
     dimension_numbers = (((contract[0],), (contract[1],)), ((), ()))
@@ -24,7 +22,10 @@ def _product(a: Array, b: Array, contract: tuple[int, int], compute_dtype: Compu
 def by_transposed(
     a_MP: Float[Array, "M P"], b_NP: Float[Array, "N P"], compute_dtype: ComputeDtype
 ) -> Float[Array, "M N"]:
-    """``a_MP @ b_NP.T`` in float32: the gradient of what a weight multiplies."""
+    """``a_MP @ b_NP.T`` in float32, reading both as ``compute_dtype``: the encoder's product, and the gradient of what
+    a weight multiplies."""
+    if compute_dtype == "int8":
+        return int8_product(a_MP, b_NP.T)
     return _product(a_MP, b_NP, (1, 1), compute_dtype)
 
 
@@ -56,22 +57,9 @@ def _row_major(a: Array) -> Array:
     return with_layout_constraint(a, Layout(major_to_minor=tuple(range(a.ndim))))
 
 
-def transposed(a_MN: Float[Array, "M N"]) -> Float[Array, "N M"]:
-    """``a_MN.T``, written out once; on CPUs by way of blocks of rows, which caches hold while they are turned.
-
-    XLA's CPU compiler would have every reader of ``a_MN.T`` read it by columns, or copy it so: 29 ms, not 17, for
-    24,576 rows of 768.
-    """
-    if a_MN.shape[0] % TURNED or jax.device_count() > 1:  # what is cut over devices a layout of one's own would gather
-        return a_MN.T
-    return jax.lax.platform_dependent(a_MN, cpu=_transposed_on_cpu, default=jnp.transpose)
-
-
-def _transposed_on_cpu(a_MN: Array) -> Array:
-    rows, columns = a_MN.shape
-    blocks = a_MN.reshape(rows // TURNED, TURNED, columns).transpose(0, 2, 1)
-    blocks = jax.lax.optimization_barrier(_row_major(blocks))
-    return jax.lax.optimization_barrier(_row_major(blocks.transpose(1, 0, 2)).reshape(columns, rows))
+def written_out(a_MN: Float[Array, "M N"]) -> Float[Array, "M N"]:
+    """The same, computed before what reads it; XLA's CPU compiler would compute it again for every sum over rows."""
+    return a_MN if jax.device_count() > 1 else _row_major(a_MN)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -108,30 +96,31 @@ matmul.defvjp(_forward, _backward)
 def centred_matmul(
     x_BD: Float[Array, "B D"],
     b_pre_D: Float[Array, " D"],
-    w_DF: Float[Array, "D F"],
+    w_FD: Float[Array, "F D"],
     compute_dtype: ComputeDtype = "float32",
 ) -> Float[Array, "B F"]:
-    """``(x_BD - b_pre_D) @ w_DF`` in float32, reading both sides as ``compute_dtype``.
+    """``(x_BD - b_pre_D) @ w_FD.T`` in float32, reading both sides as ``compute_dtype``.
 
     The gradient to ``b_pre_D`` needs that to the rows only in their sum, which comes first: a vector through the matrix
     in place of a fifth product of the size of the others.
     """
-    return matmul(x_BD - b_pre_D[None], w_DF, compute_dtype)
+    return by_transposed(x_BD - b_pre_D[None], w_FD, compute_dtype)
 
 
 def _centred_forward(
-    x_BD: Array, b_pre_D: Array, w_DF: Array, compute_dtype: ComputeDtype
+    x_BD: Array, b_pre_D: Array, w_FD: Array, compute_dtype: ComputeDtype
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return centred_matmul(x_BD, b_pre_D, w_DF, compute_dtype), (x_BD, b_pre_D, w_DF)
+    return centred_matmul(x_BD, b_pre_D, w_FD, compute_dtype), (x_BD, b_pre_D, w_FD)
 
 
 def _centred_backward(
     compute_dtype: ComputeDtype, saved: tuple[Array, Array, Array], out_BF: Array
 ) -> tuple[Array, Array, Array]:
-    x_BD, b_pre_D, w_DF = saved
+    x_BD, b_pre_D, w_FD = saved
+    dtype = gradient_dtype(compute_dtype)
     # The compiler drops dx where nobody asks for it, as in training.
-    dx_BD, dw_DF = _backward(compute_dtype, (x_BD - b_pre_D[None], w_DF), out_BF)
-    return dx_BD, -(w_DF @ summed(out_BF)), dw_DF
+    dx_BD = matmul(out_BF, w_FD, dtype)
+    return dx_BD, -(summed(out_BF) @ w_FD), over_rows(out_BF, x_BD - b_pre_D[None], dtype)
 
 
 centred_matmul.defvjp(_centred_forward, _centred_backward)

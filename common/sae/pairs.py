@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 from saex_pipe.common.sae import sparse
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.crossover import Sizes, gathers_pay
-from saex_pipe.common.sae.matmul import transposed
 
 
 class Pairs(NamedTuple):
@@ -38,35 +37,35 @@ def pays(compute: Compute, sizes: Sizes) -> bool:
 def encoded(
     x_BD: Float[Array, "B D"],
     b_pre_D: Float[Array, " D"],
-    w_enc_DF: Float[Array, "D F"],
+    w_enc_FD: Float[Array, "F D"],
     b_enc_F: Float[Array, " F"],
     pairs: Pairs,
 ) -> tuple[Float[Array, " P"], Float[Array, "F D"]]:
     """``pairs.values_P``, known to be entries of ``(x - b_pre) W_enc + b_enc``, with their gradients, and the slot of
     W_enc."""
-    return pairs.values_P, jnp.zeros_like(w_enc_DF.T)
+    return pairs.values_P, jnp.zeros_like(w_enc_FD)
 
 
 def _encoded_forward(
-    x_BD: Array, b_pre_D: Array, w_enc_DF: Array, b_enc_F: Array, pairs: Pairs
+    x_BD: Array, b_pre_D: Array, w_enc_FD: Array, b_enc_F: Array, pairs: Pairs
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Pairs]]:
-    return encoded(x_BD, b_pre_D, w_enc_DF, b_enc_F, pairs), (x_BD, b_pre_D, w_enc_DF, pairs)
+    return encoded(x_BD, b_pre_D, w_enc_FD, b_enc_F, pairs), (x_BD, b_pre_D, w_enc_FD, pairs)
 
 
 def _encoded_backward(
     saved: tuple[Array, Array, Array, Pairs], out: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, Array, Pairs]:
-    (x_BD, b_pre_D, w_enc_DF, pairs), (out_P, start_FD) = saved, out
-    latents = w_enc_DF.shape[1]
+    (x_BD, b_pre_D, w_enc_FD, pairs), (out_P, start_FD) = saved, out
+    latents = w_enc_FD.shape[0]
     dz_P = jnp.where(pairs.values_P > 0, out_P, 0.0)
     centred_BD = x_BD - b_pre_D[None]
     dw_enc_FD = sum_by(pairs.latents_P, dz_P, pairs.rows_P, centred_BD, start_FD)
     db_enc_F = jnp.zeros(latents, jnp.float32).at[pairs.latents_P].add(dz_P)
     # The compiler drops dx where nobody asks for it, as in training.
-    dx_BD = sum_by(pairs.rows_P, dz_P, pairs.latents_P, w_enc_DF.T, jnp.zeros_like(x_BD))
+    dx_BD = sum_by(pairs.rows_P, dz_P, pairs.latents_P, w_enc_FD, jnp.zeros_like(x_BD))
     no_gradient = jnp.zeros(pairs.rows_P.shape, jax.dtypes.float0)
     unused = Pairs(jnp.zeros_like(pairs.values_P), no_gradient, no_gradient)
-    return dx_BD, -(w_enc_DF @ db_enc_F), transposed(dw_enc_FD), db_enc_F, unused
+    return dx_BD, -(db_enc_F @ w_enc_FD), dw_enc_FD, db_enc_F, unused
 
 
 encoded.defvjp(_encoded_forward, _encoded_backward)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from saex_pipe.common.sae.compute import PLAIN, Compute
-from saex_pipe.common.sae.contract import Params, Variant, latent_axis
+from saex_pipe.common.sae.contract import Params, Variant, has_latents
 from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.rounding import in_float32
 from saex_pipe.common.sae.train_step import TrainState
@@ -48,12 +48,12 @@ class Drawn(NamedTuple):
 
 def nothing_drawn(params: Params) -> Drawn:
     """Before the first batch."""
-    w_enc_DF, w_dec_FD = params["w_enc_DF"], params["w_dec_FD"]
+    w_enc_FD, w_dec_FD = params["w_enc_FD"], params["w_dec_FD"]
     return Drawn(
         jnp.full(w_dec_FD.shape[0], -jnp.inf, jnp.float32),
-        jnp.zeros(w_enc_DF.T.shape, jnp.float32),
+        jnp.zeros(w_enc_FD.shape, jnp.float32),
         jnp.zeros(w_dec_FD.shape, jnp.float32),
-        DataStats(jnp.zeros(w_enc_DF.shape[0], jnp.float32), jnp.zeros(w_dec_FD.shape[1], jnp.float32)),
+        DataStats(jnp.zeros(w_enc_FD.shape[1], jnp.float32), jnp.zeros(w_dec_FD.shape[1], jnp.float32)),
         jnp.zeros((), jnp.float32),
     )
 
@@ -118,11 +118,11 @@ def _started(variant: Variant, params: Params, alive_F: Bool[Array, " F"], rows:
         weight_F = jnp.where(jnp.any(alive_F), alive_F, True).astype(jnp.float32)  # of all if all are dead
         return jnp.sum(weight_F * jnp.linalg.norm(w_FD, axis=1)) / jnp.sum(weight_F)
 
-    w_enc_FD = ENCODER_SHARE * mean_length(params["w_enc_DF"].T) * _unit_rows(rows.x_FD - centre_D[None])
+    w_enc_FD = ENCODER_SHARE * mean_length(params["w_enc_FD"]) * _unit_rows(rows.x_FD - centre_D[None])
     b_enc_F = jnp.zeros_like(params["b_enc_F"]) if variant.subtracts_decoder_bias else -(w_enc_FD @ centre_D)
-    biases = {name: b_enc_F for name in params if name.startswith("b_") and latent_axis(name) == 0}
+    biases = {name: b_enc_F for name in params if name.startswith("b_") and has_latents(name)}
     w_dec_FD = mean_length(params["w_dec_FD"]) * _unit_rows(rows.target_FD - params["b_dec_D"][None])
-    return biases | {"w_enc_DF": w_enc_FD.T, "w_dec_FD": w_dec_FD}
+    return biases | {"w_enc_FD": w_enc_FD, "w_dec_FD": w_dec_FD}
 
 
 def _unit_rows(w_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
@@ -130,12 +130,11 @@ def _unit_rows(w_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
 
 
 def _chosen(name: str, mask_F: Bool[Array, " F"], new: Array, old: Array) -> Array:
-    axis = latent_axis(name)
-    return old if axis is None else jnp.where(_along(mask_F, axis, old.ndim), new, old)
+    return jnp.where(_of_rows(mask_F, old.ndim), new, old) if has_latents(name) else old
 
 
-def _along(mask_F: Bool[Array, " F"], axis: int, ndim: int) -> Bool[Array, "..."]:
-    return mask_F.reshape([-1 if i == axis else 1 for i in range(ndim)])
+def _of_rows(mask_F: Bool[Array, " F"], ndim: int) -> Bool[Array, "F ..."]:
+    return mask_F.reshape(-1, *[1] * (ndim - 1))
 
 
 def _cleared(opt_state: Any, params: Params, mask_F: Bool[Array, " F"]) -> Any:
@@ -147,11 +146,8 @@ def _cleared(opt_state: Any, params: Params, mask_F: Bool[Array, " F"]) -> Any:
 
     def clear(path: tuple[Any, ...], leaf: Array) -> Array:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey) and entry.key in params]
-        axis = latent_axis(names[-1]) if names else None
-        if axis is not None and leaf.ndim < params[names[-1]].ndim:
-            axis = 0
-        if axis is None or leaf.ndim == 0 or leaf.shape[axis] != mask_F.shape[0]:
+        if not names or not has_latents(names[-1]) or leaf.ndim == 0 or leaf.shape[0] != mask_F.shape[0]:
             return leaf
-        return jnp.where(_along(mask_F, axis, leaf.ndim), jnp.zeros((), leaf.dtype), leaf)
+        return jnp.where(_of_rows(mask_F, leaf.ndim), jnp.zeros((), leaf.dtype), leaf)
 
     return jax.tree_util.tree_map_with_path(clear, opt_state)

@@ -28,7 +28,7 @@ from saex_pipe.common.sae.topk import TopK
 from saex_pipe.common.sae.wright import Wright
 
 SAELENS_VERSION = "6.54.12"  # from 6.0 on, SAELens reads cfg.json as written here
-MATRICES = {"W_enc": "w_enc_DF", "W_dec": "w_dec_FD", "b_dec": "b_dec_D"}
+MATRICES = {"W_enc": "w_enc_FD", "W_dec": "w_dec_FD", "b_dec": "b_dec_D"}
 BIAS = {"b_enc": "b_enc_F"}
 # What an activation has per latent.
 PER_LATENT = {
@@ -38,7 +38,8 @@ PER_LATENT = {
     "gated": {"b_gate": "b_enc_F", "r_mag": "r_mag_F", "b_mag": "b_mag_F"},
 }
 KINDS = ("skip_transcoder", "transcoder", "crosscoder")
-SKIP = "W_skip"  # ours the other way round
+SKIP = {"W_skip": "w_skip_DD"}
+TRANSPOSED = ("W_enc", "W_skip")  # ours are the other way round
 EXACT_SETTINGS = {"reshape_activations": "none", "rescale_acts_by_decoder_norm": False}
 NORMALISATIONS = {"none": False, "layer_norm": True}  # whether rows are normalised where the SAE is used
 
@@ -77,7 +78,7 @@ def to_saelens(
     """
     if isinstance(variant, Wright):
         params = variant.as_relu(params)
-    width_in, width_out = params["w_enc_DF"].shape[0], params["w_dec_FD"].shape[1]
+    width_in, width_out = params["w_enc_FD"].shape[1], params["w_dec_FD"].shape[1]
     activation, settings = _activation(variant)
     cfg: dict[str, Any] = {
         "architecture": architecture(variant, same_width=width_in == width_out),
@@ -95,10 +96,8 @@ def to_saelens(
         cfg["d_out"] = width_out
     if variant.tap_widths:
         cfg["tap_widths"] = list(variant.tap_widths)
-    tensors = {theirs: np.asarray(params[ours], np.float32) for theirs, ours in _tensor_names(activation).items()}
-    if variant.skip:
-        tensors[SKIP] = np.ascontiguousarray(np.asarray(params["w_skip_DD"], np.float32).T)
-    return cfg, tensors
+    names = _tensor_names(activation, skip=variant.skip)
+    return cfg, {theirs: _turned(theirs, np.asarray(params[ours], np.float32)) for theirs, ours in names.items()}
 
 
 def architecture(variant: Variant, *, same_width: bool) -> str:
@@ -129,8 +128,13 @@ def _kind(variant: Variant, activation: str, *, same_width: bool) -> str:
     return "skip_transcoder" if variant.skip else "transcoder"
 
 
-def _tensor_names(activation: str) -> dict[str, str]:
-    return MATRICES | PER_LATENT[activation]
+def _tensor_names(activation: str, *, skip: bool) -> dict[str, str]:
+    return MATRICES | PER_LATENT[activation] | (SKIP if skip else {})
+
+
+def _turned(theirs: str, array: np.ndarray) -> np.ndarray:
+    """Between our way round and theirs, either way."""
+    return np.ascontiguousarray(array.T) if theirs in TRANSPOSED else array
 
 
 def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Variant, Params, bool]:
@@ -166,7 +170,7 @@ def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> t
         case _:
             variant = Relu(sparsity_coefficient=0.0, **settings)
     if transcoder and subtracts_b_dec:
-        params = variant.shift_pre_activations(params, -(params["b_dec_D"] @ params["w_enc_DF"]))
+        params = variant.shift_pre_activations(params, -(params["w_enc_FD"] @ params["b_dec_D"]))
     return variant, params, NORMALISATIONS[cfg.get("normalize_activations", "none")]
 
 
@@ -205,9 +209,8 @@ def _refuse_other_settings(cfg: Mapping[str, Any], activation: str, kind: str) -
 
 
 def _checked_params(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray], activation: str, kind: str) -> Params:
-    names = _tensor_names(activation)
-    wanted = [*names, *([SKIP] if kind == "skip_transcoder" else [])]
-    missing = sorted(set(wanted) - tensors.keys())
+    names = _tensor_names(activation, skip=kind == "skip_transcoder")
+    missing = sorted(set(names) - tensors.keys())
     if missing:
         raise InputError(f"sae_weights lacks {', '.join(missing)}", "write the folder again")
     width_in, latents, width_out = int(cfg["d_in"]), int(cfg["d_sae"]), int(cfg.get("d_out", cfg["d_in"]))
@@ -215,13 +218,12 @@ def _checked_params(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray], a
         "W_enc": (width_in, latents),
         "W_dec": (latents, width_out),
         "b_dec": (width_out,),
-        SKIP: (width_out, width_in),
+        "W_skip": (width_out, width_in),
     }
-    for name in wanted:
+    for name in names:
         shape = expected.get(name, (latents,))
         if tensors[name].shape != shape:
             raise InputError(
                 f"{name} has shape {tensors[name].shape}, cfg.json says {shape}", "both files must be of one SAE"
             )
-    params = {ours: jnp.asarray(tensors[theirs], jnp.float32) for theirs, ours in names.items()}
-    return params | ({"w_skip_DD": jnp.asarray(tensors[SKIP].T, jnp.float32)} if SKIP in wanted else {})
+    return {ours: jnp.asarray(_turned(theirs, tensors[theirs]), jnp.float32) for theirs, ours in names.items()}

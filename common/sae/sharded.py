@@ -35,24 +35,24 @@ def on_each_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_
 def topk_codes(
     x_BD: Float[Array, "B D"],
     b_pre_D: Float[Array, " D"],
-    w_enc_DF: Float[Array, "D F"],
+    w_enc_FD: Float[Array, "F D"],
     b_enc_F: Float[Array, " F"],
     k: int,
     compute: Compute,
 ) -> tuple[ActiveCodes, Float[Array, "F D"] | None]:
     """relu of the ``k`` largest entries of each row of ``(x - b_pre) W_enc + b_enc``, and the slot of W_enc."""
     if compute.mesh is None:
-        return sparse.topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, k, compute)
+        return sparse.topk_codes(x_BD, b_pre_D, w_enc_FD, b_enc_F, k, compute)
 
-    def local(x_BD: Array, b_pre_D: Array, w_enc_DF: Array, b_enc_F: Array) -> ActiveCodes:
-        own, _ = sparse.topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, min(k, b_enc_F.shape[0]), compute)
+    def local(x_BD: Array, b_pre_D: Array, w_enc_FD: Array, b_enc_F: Array) -> ActiveCodes:
+        own, _ = sparse.topk_codes(x_BD, b_pre_D, w_enc_FD, b_enc_F, min(k, b_enc_F.shape[0]), compute)
         # Both are sorted: what a device keeps comes before what it does not.
         count_B = own_among_largest(own.values_BK, k)
         kept_BK = jnp.arange(own.values_BK.shape[1], dtype=jnp.int32)[None] < count_B[:, None]
         return ActiveCodes(jnp.where(kept_BK, own.values_BK, 0.0), own.latents_BK + _first_latent(b_enc_F))
 
-    in_specs = P(DATA), P(), P(None, MODEL), P(MODEL)
-    return on_each_device(compute.mesh, local, in_specs, ACTIVE)(x_BD, b_pre_D, w_enc_DF, b_enc_F), None
+    in_specs = P(DATA), P(), P(MODEL), P(MODEL)
+    return on_each_device(compute.mesh, local, in_specs, ACTIVE)(x_BD, b_pre_D, w_enc_FD, b_enc_F), None
 
 
 def own_among_largest(values_BK: Float[Array, "B K"], k: int) -> Int[Array, " B"]:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from saex_pipe.common.sae import pallas_sparse
 from saex_pipe.common.sae.compute import PLAIN, Compute, gradient_dtype
 from saex_pipe.common.sae.crossover import Product, Sizes, Way, way
-from saex_pipe.common.sae.matmul import matmul, transposed
+from saex_pipe.common.sae.matmul import by_transposed, matmul
 from saex_pipe.common.sae.select import largest
 from saex_pipe.common.sae.stack import largest_of_stack
 
@@ -40,7 +40,7 @@ class ActiveCodes(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Zeros whose gradients are added to those of the encoder's weight, transposed, and of the decoder's."""
+    """Zeros whose gradients are added to those of the encoder's weight and of the decoder's."""
 
     w_enc_FD: Float[Array, "F D_in"]
     w_dec_FD: Float[Array, "F D_out"]
@@ -225,35 +225,35 @@ def _scatter(active: ActiveCodes, rows_BD: Array, start_FD: Array, compute: Comp
 def topk_codes(
     x_BD: Float[Array, "B D"],
     b_pre_D: Float[Array, " D"],
-    w_enc_DF: Float[Array, "D F"],
+    w_enc_FD: Float[Array, "F D"],
     b_enc_F: Float[Array, " F"],
     k: int,
     compute: Compute,
 ) -> tuple[ActiveCodes, Float[Array, "F D"]]:
     """relu of the ``k`` largest entries of each row of ``(x - b_pre) W_enc + b_enc``, and the slot of W_enc."""
-    u_BF = matmul(x_BD - b_pre_D[None], w_enc_DF, compute.dtype)
+    u_BF = by_transposed(x_BD - b_pre_D[None], w_enc_FD, compute.dtype)
     values_BK, latents_BK = largest(u_BF, k, compute, lambda u, pick: u + pick(b_enc_F))
-    return ActiveCodes(jax.nn.relu(values_BK), latents_BK), jnp.zeros_like(w_enc_DF.T)
+    return ActiveCodes(jax.nn.relu(values_BK), latents_BK), jnp.zeros_like(w_enc_FD)
 
 
 def _topk_codes_forward(
-    x_BD: Array, b_pre_D: Array, w_enc_DF: Array, b_enc_F: Array, k: int, compute: Compute
+    x_BD: Array, b_pre_D: Array, w_enc_FD: Array, b_enc_F: Array, k: int, compute: Compute
 ) -> tuple[tuple[ActiveCodes, Array], tuple[Array, Array, Array, ActiveCodes]]:
-    active, slot_FD = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, k, compute)
-    return (active, slot_FD), (x_BD, b_pre_D, w_enc_DF, active)
+    active, slot_FD = topk_codes(x_BD, b_pre_D, w_enc_FD, b_enc_F, k, compute)
+    return (active, slot_FD), (x_BD, b_pre_D, w_enc_FD, active)
 
 
 def _topk_codes_backward(
     k: int, compute: Compute, saved: tuple[Array, Array, Array, ActiveCodes], out: tuple[ActiveCodes, Array]
 ) -> tuple[Array, Array, Array, Array]:
-    (x_BD, b_pre_D, w_enc_DF, active), (to_active, start_FD) = saved, out
-    latents = w_enc_DF.shape[1]
+    (x_BD, b_pre_D, w_enc_FD, active), (to_active, start_FD) = saved, out
+    latents = w_enc_FD.shape[0]
     dz_BK = jnp.where(active.values_BK > 0, to_active.values_BK, 0.0)
     dw_enc_FD = _scatter(ActiveCodes(dz_BK, active.latents_BK), x_BD - b_pre_D[None], start_FD, compute)
     db_enc_F = jnp.zeros(latents, jnp.float32).at[active.latents_BK].add(dz_BK)
     # The compiler drops dx where nobody asks for it, as in training.
-    dx_BD = _sum(ActiveCodes(dz_BK, active.latents_BK), w_enc_DF.T, compute)
-    return dx_BD, -(w_enc_DF @ db_enc_F), transposed(dw_enc_FD), db_enc_F
+    dx_BD = _sum(ActiveCodes(dz_BK, active.latents_BK), w_enc_FD, compute)
+    return dx_BD, -(db_enc_F @ w_enc_FD), dw_enc_FD, db_enc_F
 
 
 topk_codes.defvjp(_topk_codes_forward, _topk_codes_backward)

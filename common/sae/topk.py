@@ -50,7 +50,7 @@ class TopK(Variant):
         return self._active(params, x_BD, compute, k or self.k)[0]
 
     def _active(self, params: Params, x_BD: Array, compute: Compute, k: int) -> tuple[ActiveCodes, Array | None]:
-        return topk_codes(x_BD, self.b_pre(params), params["w_enc_DF"], params["b_enc_F"], k, compute)
+        return topk_codes(x_BD, self.b_pre(params), params["w_enc_FD"], params["b_enc_F"], k, compute)
 
     def encode(self, params: Params, x_BD: Float[Array, "B D_in"], compute: Compute = PLAIN) -> Float[Array, "B F"]:
         """Codes of the rows: k entries per row may be positive, the others are 0."""

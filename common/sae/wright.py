@@ -53,7 +53,7 @@ class Wright(Penalised):
         """Loss of one batch; parameters that rest at this moment get no gradient."""
         if self.finetune_fraction > 0:
             tuning = moment.fraction_done >= 1 - self.finetune_fraction
-            rest = {"w_enc_DF": tuning, "b_enc_F": tuning, "r_scale_F": ~tuning}
+            rest = {"w_enc_FD": tuning, "b_enc_F": tuning, "r_scale_F": ~tuning}
             held = {
                 name: jnp.where(rests, jax.lax.stop_gradient(params[name]), params[name])
                 for name, rests in rest.items()
@@ -70,4 +70,4 @@ class Wright(Penalised):
         """Parameters of the ReLU with the same codes: relu(s z) = s relu(z)."""
         scale_F = jnp.exp(params["r_scale_F"])
         rest = {name: leaf for name, leaf in params.items() if name != "r_scale_F"}
-        return {**rest, "w_enc_DF": params["w_enc_DF"] * scale_F[None], "b_enc_F": params["b_enc_F"] * scale_F}
+        return {**rest, "w_enc_FD": params["w_enc_FD"] * scale_F[:, None], "b_enc_F": params["b_enc_F"] * scale_F}

@@ -27,9 +27,9 @@ def imported(uri: str, variant: Variant, like: Params, normalisers: Normalisers)
     """
     saved = read_any_sae(resources.fetch(uri))
     found, params, row_norm = from_saelens(saved.cfg, saved.tensors)
-    width_in, width_out = like["w_enc_DF"].shape[0], like["b_dec_D"].shape[0]
+    width_in, width_out = like["w_enc_FD"].shape[1], like["b_dec_D"].shape[0]
     for what, there, here in (
-        ("width", params["w_enc_DF"].shape[0], width_in),
+        ("width", params["w_enc_FD"].shape[1], width_in),
         ("width of the target", params["b_dec_D"].shape[0], width_out),
         ("latents", found.latents, variant.latents),
         ("architecture", saved.cfg["architecture"], architecture(variant, same_width=width_in == width_out)),
@@ -42,7 +42,7 @@ def imported(uri: str, variant: Variant, like: Params, normalisers: Normalisers)
                 "train with its settings, or start from another SAE",
             )
     if found.subtracts_decoder_bias != variant.subtracts_decoder_bias:
-        shift_F = params["b_dec_D"] @ params["w_enc_DF"]
+        shift_F = params["w_enc_FD"] @ params["b_dec_D"]
         params = variant.shift_pre_activations(params, -shift_F if found.subtracts_decoder_bias else shift_F)
     params = unfold(variant, params, normalisers)
     _check_constraint(uri, variant, params)

@@ -164,7 +164,7 @@ class Learner:
     def step_flops(self) -> float:
         """Floating-point operations that a step of all SAEs cannot do without, a device's share."""
         assert self._state is not None
-        weights = self._state.params["w_enc_DF"]
+        weights = self._state.params["w_enc_FD"]
         flops = sum(step_flops(variant, self._state.params, self.configs[0].batch_rows) for variant in self.variants)
         return flops / len(weights.sharding.device_set)
 

@@ -9,7 +9,7 @@ SETTINGS = {"k": K}
 
 
 def _z(params, x_BD, transcoder):
-    return (x_BD - (0 if transcoder else params["b_dec_D"])) @ params["w_enc_DF"] + params["b_enc_F"]
+    return (x_BD - (0 if transcoder else params["b_dec_D"])) @ params["w_enc_FD"].T + params["b_enc_F"]
 
 
 def codes(params, x_BD, transcoder):

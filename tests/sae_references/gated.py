@@ -7,7 +7,7 @@ SETTINGS = {"sparsity_coefficient": COEFFICIENT}
 
 
 def _gate(params, x_BD, transcoder):
-    product_BF = (x_BD - (0 if transcoder else params["b_dec_D"])) @ params["w_enc_DF"]
+    product_BF = (x_BD - (0 if transcoder else params["b_dec_D"])) @ params["w_enc_FD"].T
     return product_BF, product_BF + params["b_enc_F"]
 
 

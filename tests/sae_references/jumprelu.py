@@ -18,7 +18,7 @@ SETTINGS = {
 
 
 def pre_activations(params, x_BD, centred):
-    return (x_BD - (params["b_dec_D"] if centred else 0)) @ params["w_enc_DF"] + params["b_enc_F"]
+    return (x_BD - (params["b_dec_D"] if centred else 0)) @ params["w_enc_FD"].T + params["b_enc_F"]
 
 
 def codes(params, x_BD, transcoder, form="tanh"):
@@ -73,7 +73,7 @@ def gradients(params, x_BD, target_BD, moment, transcoder, form="tanh", reconstr
     found["threshold_F"] = (pulled_BF - jump_BF - step_BF).sum(axis=0)
     found["w_dec_FD"] = found["w_dec_FD"] + (dn_F / norms_F)[:, None] * params["w_dec_FD"]
     found["b_enc_F"] = dz_BF.sum(axis=0)
-    found["w_enc_DF"] = (x_BD - (params["b_dec_D"] if centred else 0)).T @ dz_BF
+    found["w_enc_FD"] = dz_BF.T @ (x_BD - (params["b_dec_D"] if centred else 0))
     if centred:
-        found["b_dec_D"] = found["b_dec_D"] - params["w_enc_DF"] @ found["b_enc_F"]
+        found["b_dec_D"] = found["b_dec_D"] - found["b_enc_F"] @ params["w_enc_FD"]
     return found

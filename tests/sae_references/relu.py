@@ -9,7 +9,7 @@ SETTINGS = {"sparsity_coefficient": COEFFICIENT}
 
 
 def codes(params, x_BD, transcoder):
-    return np.maximum(x_BD @ params["w_enc_DF"] + params["b_enc_F"], 0)
+    return np.maximum(x_BD @ params["w_enc_FD"].T + params["b_enc_F"], 0)
 
 
 def loss(fixed, params, x_BD, target_BD, moment, transcoder):

@@ -8,7 +8,7 @@ SETTINGS = {"sparsity_coefficient": COEFFICIENT}
 
 def unscaled(params, x_BD, transcoder):
     centred_BD = x_BD - (0 if transcoder else params["b_dec_D"])
-    return np.maximum(centred_BD @ params["w_enc_DF"] + params["b_enc_F"], 0)
+    return np.maximum(centred_BD @ params["w_enc_FD"].T + params["b_enc_F"], 0)
 
 
 def codes(params, x_BD, transcoder):

@@ -16,11 +16,11 @@ STEP = jax.jit(OURS.update)
 
 
 def test_matrices_take_two_bytes_a_parameter() -> None:
-    params = {"w_enc_DF": jnp.zeros((WIDTH, ROWS)), "w_dec_FD": jnp.zeros((ROWS, WIDTH)), "b_enc_F": jnp.zeros(ROWS)}
+    params = {"w_enc_FD": jnp.zeros((ROWS, WIDTH)), "w_dec_FD": jnp.zeros((ROWS, WIDTH)), "b_enc_F": jnp.zeros(ROWS)}
     state = OURS.init(params)
-    assert state.mean["w_enc_DF"].level.dtype == jnp.int8
-    assert state.root["w_enc_DF"].level.dtype == jnp.uint8
-    assert state.mean["w_enc_DF"].scale.shape == (1, ROWS)
+    assert state.mean["w_enc_FD"].level.dtype == jnp.int8
+    assert state.root["w_enc_FD"].level.dtype == jnp.uint8
+    assert state.mean["w_enc_FD"].scale.shape == (ROWS, 1)
     assert state.root["w_dec_FD"].scale.shape == (ROWS, 1)
     assert state.root["b_enc_F"].dtype == jnp.float32
     assert sum(leaf.nbytes for leaf in jax.tree.leaves((state.mean, state.root))) == 2 * (

@@ -93,7 +93,7 @@ def test_initial_parameters(name: str, transcoder: bool, batch: Callable, start:
     variant = make(name, transcoder)
     params = start(variant)
     out = TARGET_WIDTH if transcoder else WIDTH
-    shapes = {"w_enc_DF": (WIDTH, LATENTS), "b_enc_F": (LATENTS,), "w_dec_FD": (LATENTS, out), "b_dec_D": (out,)}
+    shapes = {"w_enc_FD": (LATENTS, WIDTH), "b_enc_F": (LATENTS,), "w_dec_FD": (LATENTS, out), "b_dec_D": (out,)}
     assert {key: params[key].shape for key in shapes} == shapes
     assert all(leaf.shape == (LATENTS,) and key.endswith("_F") for key, leaf in params.items() if key not in shapes)
     assert {value.dtype for value in params.values()} == {jnp.dtype("float32")}

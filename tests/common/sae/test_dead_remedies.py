@@ -35,7 +35,7 @@ def parameters() -> tuple[Params, np.ndarray, np.ndarray]:
     """Parameters, rows, residuals."""
     rng = np.random.default_rng(0)
     params = {
-        "w_enc_DF": rng.normal(size=(WIDTH, LATENTS)) / 2,
+        "w_enc_FD": rng.normal(size=(LATENTS, WIDTH)) / 2,
         "b_enc_F": rng.normal(size=LATENTS) - 1,
         "w_dec_FD": rng.normal(size=(LATENTS, WIDTH)),
         "b_dec_D": rng.normal(size=WIDTH),
@@ -77,7 +77,7 @@ def test_ghost_gradients_equal_the_equations(activation: Activation, dead: int) 
     assert float(by_size) == 0.0
 
     centred_BD = x_BD - params["b_dec_D"]
-    z_BF = centred_BD @ params["w_enc_DF"] + params["b_enc_F"]
+    z_BF = centred_BD @ params["w_enc_FD"].T + params["b_enc_F"]
     h_BF = dead_F * (np.exp(z_BF) if activation == "exp" else np.log1p(np.exp(z_BF)))
     slope_BF = dead_F * (np.exp(z_BF) if activation == "exp" else 1 / (1 + np.exp(-z_BF)))
     ghost_BD = h_BF @ params["w_dec_FD"]
@@ -87,9 +87,9 @@ def test_ghost_gradients_equal_the_equations(activation: Activation, dead: int) 
     by_z_BF = by_ghost_BD @ params["w_dec_FD"].T * slope_BF
     expected = {
         "w_dec_FD": h_BF.T @ by_ghost_BD,
-        "w_enc_DF": centred_BD.T @ by_z_BF,
+        "w_enc_FD": by_z_BF.T @ centred_BD,
         "b_enc_F": by_z_BF.sum(axis=0),
-        "b_dec_D": -(by_z_BF @ params["w_enc_DF"].T).sum(axis=0),
+        "b_dec_D": -(by_z_BF @ params["w_enc_FD"]).sum(axis=0),
     }
     for name, exact in expected.items():
         np.testing.assert_allclose(gradients[name], exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max(), err_msg=name)
@@ -197,7 +197,7 @@ def test_auxk_gradients_equal_those_of_the_equations_directly_and_by_way_of_slot
     dead_F, k = jnp.arange(LATENTS) < dead, 2
 
     def equations(params: Params) -> jax.Array:
-        z_BF = (x_BD - params["b_dec_D"][None]) @ params["w_enc_DF"] + params["b_enc_F"][None]
+        z_BF = (x_BD - params["b_dec_D"][None]) @ params["w_enc_FD"].T + params["b_enc_F"][None]
         kth_B1 = jnp.sort(jnp.where(dead_F[None], z_BF, -jnp.inf), axis=1)[:, -k, None]
         e_hat_BD = jnp.where(dead_F[None] & (z_BF >= kth_B1), z_BF, 0.0) @ params["w_dec_FD"]
         variance = jnp.sum(jnp.square(residual_BD - residual_BD.mean(axis=0, keepdims=True)))
@@ -210,9 +210,9 @@ def test_auxk_gradients_equal_those_of_the_equations_directly_and_by_way_of_slot
     directly = jax.jit(jax.grad(loss), compiler_options=QUICK)(params, None)
     slots = Slots(jnp.zeros((LATENTS, WIDTH)), jnp.zeros((LATENTS, WIDTH)))
     others, to_slots = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)(params, slots)
-    assert not others["w_enc_DF"].any()
+    assert not others["w_enc_FD"].any()
     assert not others["w_dec_FD"].any()
-    by_slots = {**others, "w_enc_DF": to_slots.w_enc_FD.T, "w_dec_FD": to_slots.w_dec_FD}
+    by_slots = {**others, "w_enc_FD": to_slots.w_enc_FD, "w_dec_FD": to_slots.w_dec_FD}
     for name, exact in expected.items():
         limit = 1e-5 * float(jnp.abs(exact).max())
         np.testing.assert_allclose(directly[name], exact, rtol=1e-4, atol=limit, err_msg=name)

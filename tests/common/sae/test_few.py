@@ -9,7 +9,7 @@ from saex_pipe.common.mesh import make_mesh
 from saex_pipe.common.sae import few
 from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero, scaled, shifted, summed
 from saex_pipe.common.sae.compute import PLAIN, Compute
-from saex_pipe.common.sae.matmul import over_rows, transposed
+from saex_pipe.common.sae.matmul import over_rows, written_out
 
 ROWS, WIDTH, LATENTS = 16, 24, 1024
 LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32, 64 and 128 entries
@@ -76,20 +76,20 @@ def test_codes_of_0_get_the_gradient_that_is_wanted() -> None:
 def test_each_device_of_a_mesh_goes_by_what_is_active_of_its_own(model_axis: int) -> None:
     mesh = make_mesh(model_axis)
     compute, data = Compute(mesh=mesh), mesh.shape["data"]
-    x_BD, b_D, w_DF, w_FD, out_BD = arrays(
-        9, (ROWS, WIDTH), (WIDTH,), (WIDTH, LATENTS), (LATENTS, WIDTH), (ROWS, WIDTH)
+    x_BD, b_D, w_enc_FD, w_FD, out_BD = arrays(
+        9, (ROWS, WIDTH), (WIDTH,), (LATENTS, WIDTH), (LATENTS, WIDTH), (ROWS, WIDTH)
     )
 
     @jax.jit
-    def both(codes_BF: jax.Array, x_BD: jax.Array, b_D: jax.Array, w_DF: jax.Array, w_FD: jax.Array) -> tuple:
+    def both(codes_BF: jax.Array, x_BD: jax.Array, b_D: jax.Array, w_enc_FD: jax.Array, w_FD: jax.Array) -> tuple:
         recon_BD, back = jax.vjp(lambda codes, w: few.decoded(codes, w, compute), codes_BF, w_FD)
-        u_BF, back_to_x = jax.vjp(lambda x, b, w: few.encoded(x, b, w, compute), x_BD, b_D, w_DF)
+        u_BF, back_to_x = jax.vjp(lambda x, b, w: few.encoded(x, b, w, compute), x_BD, b_D, w_enc_FD)
         return recon_BD, *back(out_BD), u_BF, *back_to_x(codes_BF)
 
     for active in (0, LIMITS[0], LIMITS[-1], 3000):
         codes_BF = sparse_codes(active)
         codes_BF[: ROWS // 2, : LATENTS // 8] = 1.0  # where no device has few
-        recon_BD, dcodes_BF, dw_FD, u_BF, dx_BD, db_D, dw_DF = both(codes_BF, x_BD, b_D, w_DF, w_FD)
+        recon_BD, dcodes_BF, dw_FD, u_BF, dx_BD, db_D, dw_enc_FD = both(codes_BF, x_BD, b_D, w_enc_FD, w_FD)
         close(recon_BD, codes_BF @ w_FD)
         close(dw_FD, codes_BF.T @ out_BD)
         parts = codes_BF.reshape(data, ROWS // data, model_axis, LATENTS // model_axis)
@@ -98,10 +98,10 @@ def test_each_device_of_a_mesh_goes_by_what_is_active_of_its_own(model_axis: int
         assert is_dense.any()
         assert active == 3000 or not is_dense.all()
         close(dcodes_BF, np.where(is_dense.reshape(codes_BF.shape) | (codes_BF != 0), out_BD @ w_FD.T, 0))
-        close(u_BF, (x_BD - b_D) @ w_DF)
-        close(dx_BD, codes_BF @ w_DF.T)
-        close(db_D, -(codes_BF @ w_DF.T).sum(axis=0))
-        close(dw_DF, (x_BD - b_D).T @ codes_BF)
+        close(u_BF, (x_BD - b_D) @ w_enc_FD.T)
+        close(dx_BD, codes_BF @ w_enc_FD)
+        close(db_D, -(codes_BF @ w_enc_FD).sum(axis=0))
+        close(dw_enc_FD, codes_BF.T @ (x_BD - b_D))
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -153,18 +153,18 @@ def test_groups_of_latents_that_begin_anywhere_among_the_shards(
 @pytest.mark.parametrize("codes", ["auto", "dense"])
 def test_the_gradients_of_encoding(active: int, codes: str) -> None:
     out_BF = sparse_codes(active)
-    x_BD, b_D, w_DF = arrays(2, (ROWS, WIDTH), (WIDTH,), (WIDTH, LATENTS))
+    x_BD, b_D, w_enc_FD = arrays(2, (ROWS, WIDTH), (WIDTH,), (LATENTS, WIDTH))
 
     @jax.jit
     def both(*given: jax.Array) -> tuple:
         u_BF, back = jax.vjp(lambda x, b, w: few.encoded(x, b, w, Compute(codes=codes)), *given)
         return u_BF, *back(jnp.asarray(out_BF))
 
-    u_BF, dx_BD, db_D, dw_DF = both(x_BD, b_D, w_DF)
-    close(u_BF, (x_BD - b_D) @ w_DF)
-    close(dx_BD, out_BF @ w_DF.T)
-    close(db_D, -(out_BF @ w_DF.T).sum(axis=0))
-    close(dw_DF, (x_BD - b_D).T @ out_BF)
+    u_BF, dx_BD, db_D, dw_enc_FD = both(x_BD, b_D, w_enc_FD)
+    close(u_BF, (x_BD - b_D) @ w_enc_FD.T)
+    close(dx_BD, out_BF @ w_enc_FD)
+    close(db_D, -(out_BF @ w_enc_FD).sum(axis=0))
+    close(dw_enc_FD, out_BF.T @ (x_BD - b_D))
 
 
 def test_a_stack_takes_the_way_of_its_fullest() -> None:
@@ -225,10 +225,10 @@ def test_products_over_rows_on_one_device(
     close(stacked[1], -a_BM.T @ b_BP)
 
 
-@pytest.mark.parametrize("shape", [(96, 40), (97, 40)])  # in blocks of 32 rows, and as it is
-def test_gradients_are_transposed_on_one_device(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    a_MN = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
-    np.testing.assert_array_equal(jax.jit(lambda a: transposed(a))(a_MN), a_MN.T)
-    stacked_SMN = np.stack([a_MN, -a_MN])
-    np.testing.assert_array_equal(jax.jit(jax.vmap(transposed))(stacked_SMN), stacked_SMN.swapaxes(1, 2))
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_is_written_out_stays_as_it_is(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    (a_SMN,) = arrays(9, (2, 24, 40))
+    lowered = jax.jit(jax.vmap(written_out)).lower(a_SMN)
+    assert ("LayoutConstraint" in lowered.as_text()) == (devices == 1)
+    np.testing.assert_array_equal(lowered.compile()(a_SMN), a_SMN)

@@ -34,26 +34,26 @@ def relu(**settings: Any) -> Variant:
 
 
 def test_an_orthogonal_encoder_is_one_basis_after_another() -> None:
-    w_enc_DF = started(relu(encoder="orthogonal", decoder="kaiming"))["w_enc_DF"]
-    bases = np.asarray(w_enc_DF).T.reshape(3, WIDTH, WIDTH)
+    w_enc_FD = started(relu(encoder="orthogonal", decoder="kaiming"))["w_enc_FD"]
+    bases = np.asarray(w_enc_FD).reshape(3, WIDTH, WIDTH)
     np.testing.assert_allclose(bases @ bases.transpose(0, 2, 1), np.tile(np.eye(WIDTH), (3, 1, 1)), atol=1e-5)
     assert np.abs(bases[0] - bases[1]).max() > 0.1
 
 
 def test_a_kaiming_encoder_has_variance_two_over_the_width_and_is_uniform() -> None:
-    w_enc_DF = np.asarray(started(relu(encoder="kaiming"))["w_enc_DF"])
+    w_enc_FD = np.asarray(started(relu(encoder="kaiming"))["w_enc_FD"])
     limit = np.sqrt(6 / WIDTH)
-    assert 0.98 * limit < np.abs(w_enc_DF).max() <= limit
-    assert w_enc_DF.var() == pytest.approx(2 / WIDTH, rel=0.1)
+    assert 0.98 * limit < np.abs(w_enc_FD).max() <= limit
+    assert w_enc_FD.var() == pytest.approx(2 / WIDTH, rel=0.1)
 
 
 @pytest.mark.parametrize("decoder", ["unit", "kaiming", "orthogonal"])
 def test_rows_of_the_decoder_have_the_length_asked_for_and_the_encoder_is_their_transpose(decoder: str) -> None:
     params = started(relu(decoder=decoder, decoder_norm=0.3))
     np.testing.assert_allclose(np.linalg.norm(params["w_dec_FD"], axis=1), 0.3, rtol=1e-5)
-    np.testing.assert_array_equal(params["w_enc_DF"], params["w_dec_FD"].T)
+    np.testing.assert_array_equal(params["w_enc_FD"], params["w_dec_FD"])
     longer = started(relu(decoder=decoder, decoder_norm=0.3, encoder_norm=0.6))
-    np.testing.assert_allclose(longer["w_enc_DF"], 2 * params["w_dec_FD"].T, rtol=1e-6)
+    np.testing.assert_allclose(longer["w_enc_FD"], 2 * params["w_dec_FD"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gated", "p_annealing", "relu", "wright"])
@@ -79,7 +79,7 @@ def test_the_default_rate_is_the_published_one_or_turns_short_runs_faster() -> N
 def test_a_pseudo_inverse_is_that_of_the_encoder(latents: int) -> None:
     variant = build("relu", latents, **RELU, initial_encoder="kaiming", initial_decoder="pseudo_inverse")
     params = started(variant)
-    expected_FD = np.linalg.pinv(np.asarray(params["w_enc_DF"], np.float64))
+    expected_FD = np.linalg.pinv(np.asarray(params["w_enc_FD"], np.float64).T)
     np.testing.assert_allclose(params["w_dec_FD"], expected_FD, rtol=1e-3, atol=1e-4 * np.abs(expected_FD).max())
 
 
@@ -101,7 +101,7 @@ def test_a_centred_encoder_bias_gives_pre_activations_of_mean_zero(decoder_bias:
     variant = build("relu", LATENTS, **RELU, centred=centred, initial_decoder_bias=decoder_bias)
     params, known = started(variant), stats()
     x_ND = np.asarray(known.input_rows_ND) - (np.asarray(params["b_dec_D"]) if centred else 0)
-    z_NF = x_ND @ np.asarray(params["w_enc_DF"]) + np.asarray(params["b_enc_F"])
+    z_NF = x_ND @ np.asarray(params["w_enc_FD"]).T + np.asarray(params["b_enc_F"])
     np.testing.assert_allclose(z_NF.mean(axis=0), 0, atol=1e-6)
     zero = build("relu", LATENTS, **RELU, centred=centred, initial_encoder_bias="zero")
     np.testing.assert_array_equal(started(zero)["b_enc_F"], 0)

@@ -117,7 +117,7 @@ def test_a_step_compiles_once_in_place_and_gathers_no_weight(name: str) -> None:
         rows_BD = place(batch_BD(number), mesh)
         state, _ = step(variant, RATE, state, rows_BD, rows_BD)
     assert step._cache_size() == 1
-    assert first.params["w_enc_DF"].is_deleted()
+    assert first.params["w_enc_FD"].is_deleted()
     assert {leaf.sharding for leaf in jax.tree.leaves(first)} == {leaf.sharding for leaf in jax.tree.leaves(state)}
     program = step.lower(variant, RATE, state, rows_BD, rows_BD).compile()
     parts = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
@@ -129,14 +129,14 @@ def test_a_step_compiles_once_in_place_and_gathers_no_weight(name: str) -> None:
 def test_the_chosen_latents_are_those_of_one_device(selection: str) -> None:
     """Also where one shard has all of them, and where fewer than k are above 0."""
     random = np.random.default_rng(0)
-    x_BD, w_enc_DF = (random.standard_normal(shape).astype(np.float32) for shape in ((64, WIDTH), (WIDTH, LATENTS)))
+    x_BD, w_enc_FD = (random.standard_normal(shape).astype(np.float32) for shape in ((64, WIDTH), (LATENTS, WIDTH)))
     b_enc_F = np.where(np.arange(LATENTS) // 12 == 1, 20.0, -4.0).astype(np.float32)
     x_BD[:32] = 0  # there the biases decide, and of equal ones any may be taken
     k, b_pre_D = 14, np.zeros(WIDTH, np.float32)
     for bias_F in (b_enc_F, 0.1 * random.standard_normal(LATENTS).astype(np.float32)):
         codes = jax.jit(partial(topk_codes, k=k, compute=Compute(mesh=make_mesh(4), selection=selection)))
-        values_BK, latents_BK = (np.asarray(leaf) for leaf in codes(x_BD, b_pre_D, w_enc_DF, bias_F)[0])
-        z_BF = np.maximum(x_BD.astype(np.float64) @ w_enc_DF + bias_F, 0)
+        values_BK, latents_BK = (np.asarray(leaf) for leaf in codes(x_BD, b_pre_D, w_enc_FD, bias_F)[0])
+        z_BF = np.maximum(x_BD.astype(np.float64) @ w_enc_FD.T + bias_F, 0)
         found_BF = np.zeros_like(z_BF)
         np.put_along_axis(found_BF, latents_BK, values_BK, axis=1)
         assert ((found_BF > 0).sum(axis=1) == np.minimum((z_BF > 0).sum(axis=1), k)).all()
@@ -146,7 +146,7 @@ def test_the_chosen_latents_are_those_of_one_device(selection: str) -> None:
 
 def test_each_device_holds_and_chooses_among_its_own() -> None:
     mesh = make_mesh(4)
-    arguments = jnp.ones((64, WIDTH)), jnp.zeros(WIDTH), jnp.ones((WIDTH, LATENTS)), jnp.arange(float(LATENTS))
+    arguments = jnp.ones((64, WIDTH)), jnp.zeros(WIDTH), jnp.ones((LATENTS, WIDTH)), jnp.arange(float(LATENTS))
     active: ActiveCodes = jax.jit(partial(topk_codes, k=3, compute=Compute(mesh=mesh)))(*arguments)[0]
     assert active.values_BK.shape == (64, 4 * 3)
     assert active.values_BK.sharding.spec == P("data", "model")
@@ -157,16 +157,16 @@ def test_each_device_holds_and_chooses_among_its_own() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
-        ("w_enc_DF", (16, 48), P(None, "model")),
+        ("w_enc_FD", (48, 16), P("model")),
         ("w_dec_FD", (48, 16), P("model")),
         ("w_dec_FD", (2, 48, 16), P(None, "model")),
         ("b_enc_F", (48,), P("model")),
         ("b_dec_D", (16,), P()),
         ("b_dec_D", (3, 16), P()),
         ("w_skip_DD", (16, 16), P()),
-        ("w_enc_DF", (1, 48), P(None, "model")),  # a scale of each latent
-        ("w_enc_DF", (48,), P("model")),  # a factored moment
-        ("w_enc_DF", (16,), P()),
+        ("w_enc_FD", (48, 1), P("model")),  # a scale of each latent
+        ("w_enc_FD", (48,), P("model")),  # a factored moment
+        ("w_enc_FD", (16,), P()),
         ("w_dec_FD", (1,), P()),
         ("step", (), P()),
         ("rows_since_fired_F", (48,), P("model")),

@@ -14,7 +14,7 @@ from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.sae.optimiser import ADAM_EPSILON, Optimiser, OptimiserName, adam
 from saex_pipe.common.sae.schedules import RateSchedule
 
-SHAPES = {"w_enc_DF": (6, 10), "w_dec_FD": (10, 6), "b_enc_F": (10,), "b_dec_D": (6,)}
+SHAPES = {"w_enc_FD": (10, 6), "w_dec_FD": (10, 6), "b_enc_F": (10,), "b_dec_D": (6,)}
 FLAT = RateSchedule(warmup=0, decay=0)  # updates as they are for a learning rate of 1
 STEPS = 6
 every_optimiser = pytest.mark.parametrize("name", get_args(OptimiserName))
@@ -107,7 +107,7 @@ def adafactor_reference(given: list[Arrays]) -> Iterator[Arrays]:
 
 
 def test_adafactor_equals_its_equations() -> None:
-    shapes = {"w_enc_DF": (128, 130), "b_enc_F": (130,)}
+    shapes = {"w_enc_FD": (130, 128), "b_enc_F": (130,)}
     given = gradients(4, shapes=shapes)
     found = updates(Optimiser(name="adafactor", clip_norm=None, schedule=FLAT).build(4), given)
     assert_follows(found, list(adafactor_reference(given)), rtol=1e-4)
@@ -121,7 +121,7 @@ def muon_reference(given: list[Arrays], beta: float = 0.95) -> Iterator[Arrays]:
     mean: dict[str, Any] = {}
     for step, each in enumerate(given, start=1):
         found = {}
-        for key in ("w_enc_DF", "w_dec_FD"):
+        for key in ("w_enc_FD", "w_dec_FD"):
             g = each[key].astype(np.float64)
             mean[key] = beta * mean.get(key, 0) + (1 - beta) * g
             x = beta * mean[key] / (1 - beta ** (step + 1)) + (1 - beta) * g / (1 - beta**step)

@@ -28,7 +28,7 @@ def rows_and_gradients() -> tuple[Params, Params, np.ndarray, np.ndarray]:
     unit_FD, any_FD = rng.normal(size=(2, LATENTS, WIDTH))
     unit_FD /= np.linalg.norm(unit_FD, axis=1, keepdims=True)
     across_FD = any_FD - (any_FD * unit_FD).sum(axis=1, keepdims=True) * unit_FD
-    rest = {"w_enc_DF": jnp.ones((WIDTH, LATENTS)), "b_enc_F": jnp.ones(LATENTS), "b_dec_D": jnp.ones(WIDTH)}
+    rest = {"w_enc_FD": jnp.ones((LATENTS, WIDTH)), "b_enc_F": jnp.ones(LATENTS), "b_dec_D": jnp.ones(WIDTH)}
     params = {**rest, "w_dec_FD": jnp.asarray(LENGTHS_F[:, None] * unit_FD, jnp.float32)}
     gradients = {**rest, "w_dec_FD": jnp.asarray(across_FD + ALONG_F[:, None] * unit_FD, jnp.float32)}
     return params, gradients, unit_FD, across_FD
@@ -47,7 +47,7 @@ def test_the_gradient_keeps_what_the_constraint_lets_it_do(decoder_rows: str, ke
     params, gradients, unit_FD, across_FD = rows_and_gradients()
     projected = relu(decoder_rows).project_gradients(params, gradients)
     np.testing.assert_allclose(projected["w_dec_FD"], across_FD + kept_F[:, None] * unit_FD, atol=2e-6)
-    for name in ("w_enc_DF", "b_enc_F", "b_dec_D"):
+    for name in ("w_enc_FD", "b_enc_F", "b_dec_D"):
         assert projected[name] is gradients[name]
 
 
@@ -81,6 +81,6 @@ def test_forms_start_and_read_their_input_as_published() -> None:
         assert (variant.centred, variant.weighted_by_decoder_norms) == (centred, weighted)
         params = variant.init(jax.random.key(0), stats)
         np.testing.assert_allclose(np.linalg.norm(params["w_dec_FD"], axis=1), length, rtol=1e-5)
-        np.testing.assert_array_equal(params["w_enc_DF"], params["w_dec_FD"].T)
+        np.testing.assert_array_equal(params["w_enc_FD"], params["w_dec_FD"])
         # The mean of the data encodes to 0 either way.
         np.testing.assert_allclose(variant.encode(params, jnp.ones((1, WIDTH))), 0.0, atol=1e-6)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.sae.compute import PLAIN
-from saex_pipe.common.sae.contract import Variant, latent_axis
+from saex_pipe.common.sae.contract import Variant, has_latents
 from saex_pipe.common.sae.initial import DataStats, Initial
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import Optimiser, OptimiserName
@@ -36,7 +36,7 @@ def start(
     params = variant.init(jax.random.key(0), stats._replace(input_rows_ND=scale * x_BD, target_rows_ND=scale * x_BD))
     dead_F = jnp.isin(jnp.arange(LATENTS), jnp.array(DEAD))
     params["b_enc_F"] = jnp.where(dead_F, -100.0, params["b_enc_F"])
-    params["w_enc_DF"] = jnp.where(dead_F[None], 7.0, 1.0) * params["w_enc_DF"]
+    params["w_enc_FD"] = jnp.where(dead_F[:, None], 7.0, 1.0) * params["w_enc_FD"]
     state = init_state(params, Optimiser(name=name).build(10), Normalisers(normaliser, normaliser), averaged=averaged)
     return state._replace(rows_since_fired_F=jnp.where(dead_F, DEAD_AFTER, DEAD_AFTER - 1)), stats
 
@@ -45,7 +45,7 @@ def test_rows_are_drawn_by_their_squared_loss_and_none_twice(toy_rows: Callable[
     """Four rows, of which the SAE reconstructs nothing: errors are their square norms, here 1, 2, 3 and 0."""
     variant = Relu(latents=3, sparsity_coefficient=0.0)
     params = {
-        "w_enc_DF": jnp.zeros((4, 3)),
+        "w_enc_FD": jnp.zeros((3, 4)),
         "b_enc_F": jnp.zeros(3),
         "w_dec_FD": jnp.ones((3, 4)),
         "b_dec_D": jnp.zeros(4),
@@ -93,7 +93,7 @@ def test_where_latents_start_again_and_that_they_fire(variant: Variant, toy_rows
     after = revive(variant, state, drawn, jax.random.key(1), DEAD_AFTER)
     before = {name: np.asarray(leaf, np.float64) for name, leaf in state.params.items()}
     alive = np.setdiff1d(np.arange(LATENTS), DEAD)
-    length = np.linalg.norm(before["w_enc_DF"], axis=0)[alive].mean()
+    length = np.linalg.norm(before["w_enc_FD"], axis=1)[alive].mean()
     centre_D = before["b_dec_D"] if variant.subtracts_decoder_bias else np.asarray(stats.input_mean_D, np.float64)
     for place, latent in enumerate(DEAD):
         row_D = np.asarray(drawn.x_FD[place], np.float64)
@@ -102,15 +102,12 @@ def test_where_latents_start_again_and_that_they_fire(variant: Variant, toy_rows
         decoder_D *= np.linalg.norm(before["w_dec_FD"][alive], axis=1).mean()
         bias = 0 if variant.subtracts_decoder_bias else -centre_D @ encoder_D
         for params in (after.params, after.averages):
-            np.testing.assert_allclose(params["w_enc_DF"][:, latent], encoder_D, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(params["w_enc_FD"][latent], encoder_D, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(params["w_dec_FD"][latent], decoder_D, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(params["b_enc_F"][latent], bias, rtol=1e-4, atol=1e-6)
     for name, leaf in after.params.items():
-        axis = latent_axis(name)
-        kept, was = (
-            np.asarray(part) if axis is None else np.take(np.asarray(part), alive, axis)
-            for part in (leaf, state.params[name])
-        )
+        rows = np.array(alive) if has_latents(name) else slice(None)
+        kept, was = (np.asarray(part)[rows] for part in (leaf, state.params[name]))
         np.testing.assert_array_equal(kept, was)
     np.testing.assert_array_equal(after.rows_since_fired_F[np.array(DEAD)], 0)
     for place, latent in enumerate(DEAD):

@@ -50,7 +50,7 @@ def trained(toy_rows: Callable[..., jax.Array]) -> Callable[[str], tuple[TrainSt
 
     def train(dtype: Any) -> tuple[TrainState, list[float]]:
         params = variant.init(jax.random.key(0), DataStats(x_BD.mean(axis=0), x_BD.mean(axis=0)))
-        params["w_enc_DF"] = 10 * params["w_enc_DF"]  # as large as decoder rows of length 1
+        params["w_enc_FD"] = 10 * params["w_enc_FD"]  # as large as decoder rows of length 1
         state = init_state(params, optimiser, Normalisers(same, same), weight_dtype=dtype)
         step = jax.jit(make_step(optimiser, StepSettings(total_steps=250, weight_dtype=dtype)))
         errors = []
@@ -69,7 +69,7 @@ def test_weights_in_bfloat16_learn_where_rounding_to_the_nearest_stalls(
     _, exact = trained("float32")
     state, stochastic = trained("bfloat16")
     types = {name: leaf.dtype for name, leaf in state.params.items()}
-    assert {name for name, dtype in types.items() if dtype == jnp.bfloat16} == {"w_enc_DF", "w_dec_FD"}
+    assert {name for name, dtype in types.items() if dtype == jnp.bfloat16} == {"w_enc_FD", "w_dec_FD"}
     assert types["b_enc_F"] == jnp.float32
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(state.opt_state))
     monkeypatch.setattr(rounding, "round_stochastically", lambda x, key: x.astype(jnp.bfloat16))

@@ -70,7 +70,7 @@ def test_a_crosscoder_is_a_sum_over_its_taps(name: str, penalised: bool) -> None
     z_BF = np.tile(params["b_enc_F"], (ROWS, 1))
     for tap in cuts:
         subtracted_D = params["b_dec_D"][tap] if variant.subtracts_decoder_bias else 0
-        z_BF += (x_BD[:, tap] - subtracted_D) @ params["w_enc_DF"][tap]
+        z_BF += (x_BD[:, tap] - subtracted_D) @ params["w_enc_FD"].T[tap]
     codes_BF = np.maximum(z_BF, 0)
     if name == "topk":
         codes_BF *= z_BF >= np.sort(z_BF, axis=1)[:, -5:-4]

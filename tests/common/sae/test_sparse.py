@@ -91,24 +91,24 @@ def test_autoencoder_and_gradients_equal_those_of_masked_codes(latents: int, cod
     compute = Compute(codes=codes)
     x_BD, b_pre_D = normal(4, ROWS, WIDTH), normal(5, WIDTH)
     b_enc_F = normal(6, latents) - 6  # so low that of 40 latents some of the chosen ones are below 0
-    w_enc_DF, w_dec_FD, weight_BD = normal(7, WIDTH, latents), normal(8, latents, WIDTH), normal(9, ROWS, WIDTH)
+    w_enc_FD, w_dec_FD, weight_BD = normal(7, latents, WIDTH), normal(8, latents, WIDTH), normal(9, ROWS, WIDTH)
 
     more_enc_FD, more_dec_FD = normal(10, latents, WIDTH), normal(11, latents, WIDTH)
 
-    def sparse(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
-        active, to_enc_FD = topk_codes(x_BD, b_pre_D, w_enc_DF, b_enc_F, K, compute)
+    def sparse(x_BD, b_pre_D, w_enc_FD, b_enc_F, w_dec_FD):
+        active, to_enc_FD = topk_codes(x_BD, b_pre_D, w_enc_FD, b_enc_F, K, compute)
         decoded_BD, to_dec_FD = decode_active(active, w_dec_FD, compute)
         more = jnp.sum(more_enc_FD * to_enc_FD) + jnp.sum(more_dec_FD * to_dec_FD)
         return more + jnp.sum(weight_BD * jnp.square(decoded_BD))
 
-    def dense(x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD):
-        z_BF = (x_BD - b_pre_D[None]) @ w_enc_DF + b_enc_F[None]
+    def dense(x_BD, b_pre_D, w_enc_FD, b_enc_F, w_dec_FD):
+        z_BF = (x_BD - b_pre_D[None]) @ w_enc_FD.T + b_enc_F[None]
         kth_B1 = jnp.sort(z_BF, axis=1)[:, -K, None]
         codes_BF = jnp.where(z_BF >= kth_B1, jax.nn.relu(z_BF), 0.0)
-        more = jnp.sum(more_enc_FD.T * w_enc_DF) + jnp.sum(more_dec_FD * w_dec_FD)
+        more = jnp.sum(more_enc_FD * w_enc_FD) + jnp.sum(more_dec_FD * w_dec_FD)
         return more - jax.lax.stop_gradient(more) + jnp.sum(weight_BD * jnp.square(codes_BF @ w_dec_FD))
 
-    arguments = tuple(jnp.asarray(a) for a in (x_BD, b_pre_D, w_enc_DF, b_enc_F, w_dec_FD))
+    arguments = tuple(jnp.asarray(a) for a in (x_BD, b_pre_D, w_enc_FD, b_enc_F, w_dec_FD))
     below_zero = topk_codes(*arguments[:4], K, PLAIN)[0].values_BK == 0
     assert below_zero.any() == (latents == LATENTS)
     ours = jax.jit(jax.value_and_grad(sparse, argnums=(0, 1, 2, 3, 4))).lower(*arguments)

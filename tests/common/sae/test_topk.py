@@ -62,7 +62,7 @@ def test_no_variance_gives_no_nan(rows: str) -> None:
     if rows == "perfect":  # latent 40 reproduces the rows: the residual has no variance
         unit_D = jnp.zeros(16).at[0].set(1.0)
         params = {
-            "w_enc_DF": jnp.zeros((16, 48)).at[0, 40].set(1.0),
+            "w_enc_FD": jnp.zeros((48, 16)).at[40, 0].set(1.0),
             "b_enc_F": jnp.zeros(48),
             "w_dec_FD": params["w_dec_FD"].at[40].set(unit_D),
             "b_dec_D": jnp.zeros(16),

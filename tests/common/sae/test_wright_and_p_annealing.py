@@ -29,7 +29,7 @@ def test_scales_learn_and_the_encoder_rests_in_the_last_steps(toy_rows: Callable
     x_BD = toy_rows(0)
     params = started(WRIGHT, x_BD)
     measure = jax.jit(jax.value_and_grad(WRIGHT.loss, has_aux=True))
-    for fraction, resting in ((0.0, {"r_scale_F"}), (0.74, {"r_scale_F"}), (0.75, {"w_enc_DF", "b_enc_F"})):
+    for fraction, resting in ((0.0, {"r_scale_F"}), (0.74, {"r_scale_F"}), (0.75, {"w_enc_FD", "b_enc_F"})):
         (_, terms), gradients = measure(params, x_BD, x_BD, after(fraction))
         assert {name for name, leaf in gradients.items() if not np.any(leaf)} == resting
         penalty = float(WRIGHT.encode(params, x_BD).sum(axis=1).mean())  # the scales are 1
