@@ -7,7 +7,7 @@ sixteenth of the batch.
 """
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from saex_pipe.common.sae.select import GROUP, Scores, as_they_are, every_column
 
 HALF = 16  # bits of an int32, halved
 COUNTED = 1 << 10  # entries that are counted side by side, however rows are cut
+TRIED = 7  # thresholds that TPUs count for in one pass, which takes them as long as to read the values
 SMALLEST = np.float32(np.finfo(np.float32).tiny)  # what is below it counts as 0
 
 
@@ -35,14 +36,35 @@ def cut(values: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Float[Ar
     """
     if values.size >= 1 << 31 and values.size // values.shape[-1] > 1 << HALF:
         raise InputError(f"a batch of {values.size:,} codes is too large to select from", "lower the rows of a batch")
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    bits, count = jax.lax.bitcast_convert_type(values, jnp.int32), jnp.asarray(count, jnp.int32)
+    edge = jax.lax.platform_dependent(bits, count, tpu=partial(narrowed, tried=TRIED), default=narrowed)
+    return jax.lax.bitcast_convert_type(edge, jnp.float32)
 
-    def at_or_above(least: Int[Array, ""]) -> Int[Array, ""]:
-        if values.size < 1 << 31:
+
+def narrowed(bits: Int[Array, "*shape"], count: Int[Array, ""], tried: int = 1) -> Int[Array, ""]:
+    """``cut`` of bits of floats that are not negative, with ``tried`` thresholds counted for in each pass.
+
+    With seven there are 10 passes at most, with one 30; XLA's CPU compiler would read all values for each of the seven.
+    """
+
+    def at_or_above(least: Array) -> Int[Array, ""]:
+        if bits.size < 1 << 31:
             return jnp.sum(bits >= least, dtype=jnp.int32)
         return capped_sum(jnp.sum(bits >= least, axis=-1, dtype=jnp.int32))
 
-    return jax.lax.bitcast_convert_type(_edge(bits, count, at_or_above), jnp.float32)
+    def narrow(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        step = jnp.maximum((high - low) // (tried + 1), 1)
+        least_T = jnp.minimum(low + step * jnp.arange(1, tried + 1, dtype=jnp.int32), high)
+        found_T = jnp.stack([at_or_above(least) for least in least_T])
+        low = jnp.maximum(low, jnp.max(jnp.where(found_T >= count, least_T, low)))
+        above = jnp.min(jnp.where(found_T < count, least_T, high))
+        # Exactly as many: the bracket closes.
+        return low, jnp.where(jnp.any(found_T == count), low + 1, above)
+
+    low = jnp.asarray(SMALLEST.view(np.int32))
+    start = low, jnp.maximum(jnp.max(bits), low) + 1
+    return jax.lax.while_loop(lambda bracket: bracket[1] - bracket[0] > 1, narrow, start)[0]
 
 
 def capped_sum(counts: Int[Array, "*shape"]) -> Int[Array, ""]:
@@ -52,11 +74,6 @@ def capped_sum(counts: Int[Array, "*shape"]) -> Int[Array, ""]:
     high = jnp.sum(counts >> HALF, dtype=jnp.int32) + (low >> HALF).astype(jnp.int32)
     whole = (high << HALF) | (low & ((1 << HALF) - 1)).astype(jnp.int32)
     return jnp.where(high >= 1 << (HALF - 1), jnp.int32(np.iinfo(np.int32).max), whole)
-
-
-def _edge(bits: Array, count: int | Array, count_from: Callable[[Array], Array]) -> Array:
-    low = jnp.asarray(SMALLEST.view(np.int32))
-    return between(count_from, count, low, jnp.maximum(jnp.max(bits), low) + 1)
 
 
 def largest(
@@ -92,7 +109,9 @@ def _compacted(values_RN: Array, most: int, count: int | Array) -> tuple[Array, 
     bits_RN = jax.lax.bitcast_convert_type(values_RN, jnp.int32)
     # Rows that are cut otherwise are computed again in that order, which takes longer than counting does.
     counted_RC = bits_RN if counts_in_lanes(bits_RN) else bits_RN.reshape(-1, math.gcd(bits_RN.size, COUNTED))
-    edge = _edge(bits_RN, count, lambda least: jnp.sum(count_from(counted_RC, least[None, None]), dtype=jnp.int32))
+    low = jnp.asarray(SMALLEST.view(np.int32))
+    high = jnp.maximum(jnp.max(bits_RN), low) + 1
+    edge = between(lambda least: jnp.sum(count_from(counted_RC, least[None, None]), dtype=jnp.int32), count, low, high)
     above_RW, at_RW = words(bits_RN, lambda part: part > edge), words(bits_RN, lambda part: part == edge)
     # Only entries equal to the edge can be too many.
     left = jnp.asarray(count, jnp.int32) - jnp.sum(counts(above_RW), dtype=jnp.int32)

@@ -1,6 +1,8 @@
 """What only BatchTopK has: the selection over a batch, the list of active latents, nested levels, a k that falls."""
 
+import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saex_pipe.common.aot import topology
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.mesh import make_mesh
-from saex_pipe.common.sae.batch_select import capped_sum, cut, largest
+from saex_pipe.common.sae.batch_select import TRIED, capped_sum, cut, largest, narrowed
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import Moment, Params, Variant
 from saex_pipe.common.sae.crossover import CPU_LATENTS_PER_ACTIVE, Sizes
@@ -50,12 +53,41 @@ def test_a_cut_has_as_many_entries_above_it_as_asked_for() -> None:
         assert int(jnp.sum(values_BF >= jax.jit(cut)(values_BF, count))) == count
     assert int(jnp.sum(values_BF >= jax.jit(cut)(values_BF, 960))) == int(jnp.sum(values_BF > 0))  # not one that is 0
     assert float(cut(jnp.zeros(5), 2)) > 0
+    with_ties_N = jnp.asarray(np.repeat(np.float32([0, 1e-30, 0.5, 1, 1 + 2**-23, 3e38]), 4))
+    for count in range(1, 21):  # four that are equal come together, of positive ones alone
+        assert int(jnp.sum(with_ties_N >= cut(with_ties_N, count))) == min(-(-count // 4) * 4, 20)
     many = jax.ShapeDtypeStruct((1 << 16, 1 << 20), jnp.float32)
     assert jax.eval_shape(lambda values: cut(values, 1), many).shape == ()  # on a mesh
     with pytest.raises(InputError, match="140,737,488,355,328 codes is too large"):
         jax.eval_shape(lambda values: cut(values, 1), jax.ShapeDtypeStruct((1 << 17, 1 << 30), jnp.float32))
     with pytest.raises(InputError, match="2,147,483,648 codes is too large"):
         jax.eval_shape(lambda values: largest(values, 1, 1), jax.ShapeDtypeStruct((1 << 16, 1 << 15), jnp.float32))
+
+
+@pytest.mark.parametrize("tried", [2, 7])  # TPUs count for seven
+@pytest.mark.parametrize("columns", [1, 40])
+def test_several_thresholds_a_pass_find_the_same_cut(tried: int, columns: int) -> None:
+    values_BF = positive(5, columns)
+    bits_BF, every_N = jnp.asarray(values_BF.view(np.int32)), np.sort(values_BF[values_BF > 0])
+    find = jax.jit(narrowed, static_argnums=2)
+    for count in sorted({1, 2, len(every_N) // 2, len(every_N), len(every_N) + 5}):
+        found = np.asarray(find(bits_BF, count, tried)).view(np.float32)
+        assert (every_N >= found).sum() == min(count, len(every_N)), count
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_tpus_count_for_seven_thresholds_in_one_pass() -> None:
+    device = jax.sharding.SingleDeviceSharding(topology("v5e:1x1").devices[0])
+    bits_BF = jax.ShapeDtypeStruct((2048, 1 << 16), jnp.int32, sharding=device)
+
+    def bytes_of(find: Callable[[jax.Array], jax.Array]) -> float:  # the pass over the values is counted once
+        return jax.jit(find).lower(bits_BF).compile().cost_analysis()["bytes accessed"]
+
+    one = bytes_of(lambda bits_BF: narrowed(bits_BF, jnp.int32(1000)))
+    assert one >= 2 * 2**29  # for the largest, and for a count
+    assert bytes_of(lambda bits_BF: narrowed(bits_BF, jnp.int32(1000), TRIED)) < 1.01 * one
+    values_BF = jax.ShapeDtypeStruct(bits_BF.shape, jnp.float32, sharding=device)
+    assert f"tensor<{TRIED}xi32>" in jax.jit(partial(cut, count=1000)).lower(values_BF).as_text()
 
 
 @pytest.mark.parametrize(
