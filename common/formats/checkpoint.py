@@ -8,6 +8,7 @@
 import io
 import json
 import logging
+import re
 import tarfile
 import tempfile
 import warnings
@@ -141,10 +142,15 @@ class TrainingState:
             try:
                 return self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
             except ValueError as error:
-                if "Structure mismatch" not in str(error):
+                # Each leaf that the other side lacks is a paragraph that begins with its name.
+                names = re.findall(
+                    r"^([\w.]+):\n(?: +- Source: .*\n)? +- (?:Source|Target): MISSING", str(error), re.MULTILINE
+                )
+                if not names:
                     raise
                 raise InputError(
-                    f"{self._uri}/{step} holds a training of another version of saex-pipe ({str(error)[:200]})",
+                    f"{self._uri}/{step} holds a training of another version of saex-pipe, which differs in "
+                    f"{', '.join(sorted(names))}",
                     "go on with that version, or train again with --force",
                 ) from None
 

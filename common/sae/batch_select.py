@@ -44,7 +44,7 @@ def cut(values: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Float[Ar
 def narrowed(bits: Int[Array, "*shape"], count: Int[Array, ""], tried: int = 1) -> Int[Array, ""]:
     """``cut`` of bits of floats that are not negative, with ``tried`` thresholds counted for in each pass.
 
-    With seven there are 10 passes at most, with one 30; XLA's CPU compiler would read all values for each of the seven.
+    With seven there are 11 passes at most, with one 31; XLA's CPU compiler would read all values for each of the seven.
     """
 
     def at_or_above(least: Array) -> Int[Array, ""]:

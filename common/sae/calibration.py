@@ -69,8 +69,11 @@ def _largest_scores(variant: BatchTopK, params: Params, x_BD: Array, most: int, 
         return _largest_of(scores_BF, most)
 
     def of_all(own_BF: Array) -> Array:
-        own_P = _largest_of(own_BF, min(most, own_BF.size))
-        return _largest_of(jax.lax.all_gather(own_P, (DATA, MODEL), tiled=True)[None], most)
+        found_P = _largest_of(own_BF, min(most, own_BF.size))
+        for axis in (MODEL, DATA):  # one after the other, so that no more is gathered than one has devices for
+            gathered_P = jax.lax.all_gather(found_P, axis, tiled=True)
+            found_P = _largest_of(gathered_P[None], min(most, gathered_P.size))
+        return found_P
 
     return on_each_device(compute.mesh, of_all, P(DATA, MODEL), P())(scores_BF)
 

@@ -59,19 +59,10 @@ def decoded(
     w_dec_FD: Float[Array, "F D"],
     compute: Compute,
     *,
-    wanted_BF: Bool[Array, "B F"] | None = None,
     held: bool = False,
 ) -> Float[Array, "B D"]:
-    """``codes_BF @ w_dec_FD`` of codes of which few are active.
-
-    Args:
-        codes_BF: float32.
-        w_dec_FD: float32; gets no gradient where it is ``held``.
-        compute: of the product.
-        wanted_BF: which codes get a gradient although they may be 0; None: none.
-        held: see ``w_dec_FD``.
-    """
-    groups_GBD = decoded_groups(codes_BF, w_dec_FD, (), compute, wanted_BF=wanted_BF, held=held)
+    """``codes_BF @ w_dec_FD`` of codes of which few are active; the weight gets no gradient where it is ``held``."""
+    groups_GBD = decoded_groups(codes_BF, w_dec_FD, (), compute, held=held)
     return groups_GBD[0]
 
 
@@ -84,7 +75,16 @@ def decoded_groups(
     wanted_BF: Bool[Array, "B F"] | None = None,
     held: bool = False,
 ) -> Float[Array, "G B D"]:
-    """The same for each of the groups of latents that begin at 0 and at ``starts``, which ascend."""
+    """The same for each of the groups of latents that begin at 0 and at ``starts``, which ascend.
+
+    Args:
+        codes_BF: float32.
+        w_dec_FD: float32; gets no gradient where it is ``held``.
+        starts: of all groups but the first.
+        compute: of the products.
+        wanted_BF: which codes get a gradient although they may be 0; None: none.
+        held: see ``w_dec_FD``.
+    """
     how = _How(starts, compute, held)
     if compute.mesh is None:
         return _decoded(how, codes_BF, wanted_BF, w_dec_FD)
@@ -222,9 +222,13 @@ _decoded.defvjp(_decoded_forward, _decoded_backward)
 
 def _groups(codes_BF: Array, w_dec_FD: Array, compute: Compute, cuts: Cuts) -> Float[Array, "G B D"]:
     """The dense product of each group of latents, which lie between two ``cuts``."""
-    return jnp.stack(
-        [matmul(codes_BF[:, start:stop], w_dec_FD[start:stop], compute.dtype) for start, stop in pairwise(cuts)]
-    )
+
+    def product(start: int, stop: int) -> Array:
+        if start == stop:
+            return jnp.zeros((codes_BF.shape[0], w_dec_FD.shape[1]), jnp.float32)
+        return matmul(codes_BF[:, start:stop], w_dec_FD[start:stop], compute.dtype)
+
+    return jnp.stack([product(start, stop) for start, stop in pairwise(cuts)])
 
 
 def _of_shard(how: _How, own: int, function: Callable[[Cuts], Array]) -> Array:
@@ -239,7 +243,9 @@ def _of_shard(how: _How, own: int, function: Callable[[Cuts], Array]) -> Array:
     cuts = [tuple(min(max(bound - shard * own, 0), own) for bound in bounds) for shard in range(shards)]
     if shards == 1:
         return function(cuts[0])
-    result: Array = jax.lax.switch(jax.lax.axis_index(MODEL), [partial(function, each) for each in cuts])
+    kinds = sorted(set(cuts))  # all shards beyond the last start are of one
+    kind = jnp.array([kinds.index(each) for each in cuts], jnp.int32)[jax.lax.axis_index(MODEL)]
+    result: Array = jax.lax.switch(kind, [partial(function, each) for each in kinds])
     return result
 
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saex_pipe.common.mesh import make_mesh
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.matmul import matmul
+from saex_pipe.common.sae.nested import decode_nested
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.topk import TopK
@@ -68,3 +70,20 @@ def test_an_sae_learns_by_them(toy_rows: Callable[..., jax.Array]) -> None:
         state, terms = step(variant, jnp.float32(1e-2), state, x_BD, x_BD)
         fvu.append(float(terms.fvu))
     assert fvu[-1] < 0.6 * fvu[0]
+
+
+def test_nested_levels_on_a_mesh_are_those_of_float32_but_for_rounding() -> None:
+    """Some shards hold nothing of some levels."""
+    shapes = (8, 64), (64, 16), (4, 8, 16)
+    codes_BF, w_FD, out_GBD = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(shapes))
+
+    def both(compute: Compute) -> tuple[jax.Array, ...]:
+        def levels(codes_BF: jax.Array, w_FD: jax.Array) -> jax.Array:
+            return jnp.stack(decode_nested(codes_BF, w_FD, (8, 16, 20, 64), compute))
+
+        found_GBD, back = jax.vjp(levels, codes_BF, w_FD)
+        return found_GBD, *back(out_GBD)
+
+    on_mesh = jax.jit(lambda: both(Compute(dtype="int8", mesh=make_mesh(4))))()
+    for found, expected in zip(on_mesh, both(Compute()), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0.03 * float(jnp.abs(expected).max()))
