@@ -144,14 +144,14 @@ class TrainingState:
             except ValueError as error:
                 # Each leaf that the other side lacks is a paragraph that begins with its name.
                 names = re.findall(
-                    r"^([\w.]+):\n(?: +- Source: .*\n)? +- (?:Source|Target): MISSING", str(error), re.MULTILINE
+                    r"^(?:\S+\.)?(\w+):\n(?: +- Source: .*\n)? +- (?:Source|Target): MISSING", str(error), re.MULTILINE
                 )
                 if not names:
                     raise
                 raise InputError(
                     f"{self._uri}/{step} holds a training of another version of saex-pipe, which differs in "
-                    f"{', '.join(sorted(names))}",
-                    "go on with that version, or train again with --force",
+                    f"{', '.join(sorted(set(names)))}",
+                    f"go on with that version, or delete {self._uri} to train from the start",
                 ) from None
 
     def __enter__(self) -> "TrainingState":
