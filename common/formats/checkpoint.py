@@ -142,7 +142,7 @@ class TrainingState:
             try:
                 return self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
             except ValueError as error:
-                # Each leaf that the other side lacks is a paragraph that begins with its name.
+                # Each leaf that one side lacks is a paragraph that begins with its place, and that ends in its name.
                 names = re.findall(
                     r"^(?:\S+\.)?(\w+):\n(?: +- Source: .*\n)? +- (?:Source|Target): MISSING", str(error), re.MULTILINE
                 )

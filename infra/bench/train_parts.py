@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from saex_pipe.common.sae.compute import Compute, ComputeDtype
 from saex_pipe.common.sae.contract import DataStats, Moment, Params, Variant
 from saex_pipe.common.sae.flops import step_flops
-from saex_pipe.common.sae.matmul import matmul, over_rows
+from saex_pipe.common.sae.matmul import by_transposed, over_rows
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.select import top_k
@@ -137,9 +137,9 @@ def dense_products(shape: Shape, dtype: ComputeDtype) -> Part:
 def encoder_product(shape: Shape, dtype: ComputeDtype) -> Part:
     """The one dense product that every variant has."""
     x_BD = rows_of(shape)
-    w_DF = jax.random.normal(jax.random.key(3), (shape.width, shape.latents))
-    product = jax.jit(lambda a, b: matmul(a, b, dtype))
-    return Part("encoder product", lambda: product(x_BD, w_DF), 2.0 * shape.rows * shape.width * shape.latents)
+    w_FD = jax.random.normal(jax.random.key(3), (shape.latents, shape.width))
+    product = jax.jit(lambda a, b: by_transposed(a, b, dtype))
+    return Part("encoder product", lambda: product(x_BD, w_FD), 2.0 * shape.rows * shape.width * shape.latents)
 
 
 def update_only(variant: Variant, params: Params) -> Call:
