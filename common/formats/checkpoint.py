@@ -2,25 +2,24 @@
 
 ``cfg.json``, ``sae_weights.safetensors``  opened by SAELens' ``SAE.load_from_disk``, in units of the raw activations
 ``saex.json``                              full configuration and provenance
-``state/STEP`` (``.tar`` in buckets)       Orbax: parameters, optimiser, dead-latent counters, step; resumes bit for bit
+``state/STEP``                             Orbax: parameters, optimiser, dead-latent counters, step; resumes bit for bit
 """
 
-import io
 import json
 import logging
 import re
-import tarfile
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from saex_pipe.common.errors import InputError
+from saex_pipe.common.formats.bucket_checkpoints import BucketCheckpoints
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
 
 KEPT = 2  # checkpoints
@@ -91,7 +90,7 @@ class TrainingState:
     Several SAEs trained together are saved one after another, and a kill between two of them must leave a step that
     all of them have.
 
-    On an object store each is one object, what Orbax writes to a local disk packed up: whole or not there.
+    Several processes that train together save and read together, on a disk that they share or in a bucket.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -106,27 +105,34 @@ class TrainingState:
         local = folder.local_path()
         self._scratch = tempfile.TemporaryDirectory() if local is None else None
         path = Path(self._scratch.name) if self._scratch is not None else Path(f"{local}/state")
-        self._packed = None if local is not None else _PackedSteps(folder, path)
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True, enable_async_checkpointing=True)
+        self._bucket = None if local is not None else BucketCheckpoints(folder, path, KEPT)
+        if self._bucket is not None:
+            self._bucket.download()
+        processes = ocp.options.MultiprocessingOptions(primary_host=0 if self._bucket is None else None)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT,
+            create=self._bucket is None,
+            enable_async_checkpointing=True,
+            multiprocessing_options=processes,
+        )
+        handler = ocp.PyTreeCheckpointHandler() if self._bucket is None else _handler_for_own_disks(processes)
         self._uri = f"{folder.uri}/state"
-        if self._packed is not None:
-            self._packed.download()
         with self._explained("opened"):
-            self._manager = ocp.CheckpointManager(path, options=options)
+            self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handler)
 
     def save(self, step: int, tree: Any) -> None:
         """Start saving ``tree`` (arrays) as the state after ``step`` steps; earlier saves are finished first."""
         with self._explained("written"):
-            self._manager.save(step, args=self._orbax.args.StandardSave(tree))
-        if self._packed is not None:
-            self._packed.upload(step, self._manager.wait_until_finished)
+            self._manager.save(step, args=self._orbax.args.PyTreeSave(tree))
+        if self._bucket is not None:
+            self._bucket.upload(step, self._manager.wait_until_finished)
 
     def wait(self) -> None:
         """Return once the saves under way are durable."""
         with self._explained("written"):
             self._manager.wait_until_finished()
-        if self._packed is not None:
-            self._packed.wait()
+        if self._bucket is not None:
+            self._bucket.wait()
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are or are being written, ascending, after 0, which needs none."""
@@ -135,12 +141,15 @@ class TrainingState:
     def restore(self, step: int, like: Any) -> Any:
         """The tree that was saved as the state after ``step`` steps, with the shapes and shardings of ``like``.
 
+        Later checkpoints are deleted: training goes through those steps again.
+
         Raises:
             InputError: its leaves have other names than those of ``like``.
         """
         with self._explained("read"):
+            wanted = self._orbax.checkpoint_utils.construct_restore_args(like)
             try:
-                return self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
+                found = self._manager.restore(step, args=self._orbax.args.PyTreeRestore(like, restore_args=wanted))
             except ValueError as error:
                 # Each leaf that one side lacks is a paragraph that begins with its place, and that ends in its name.
                 names = re.findall(
@@ -153,6 +162,11 @@ class TrainingState:
                     f"{', '.join(sorted(set(names)))}",
                     f"go on with that version, or delete {self._uri} to train from the start",
                 ) from None
+            for later in (other for other in self.steps() if other > step):
+                self._manager.delete(later)
+                if self._bucket is not None:
+                    self._bucket.forget(later)
+            return found
 
     def __enter__(self) -> "TrainingState":
         return self
@@ -173,38 +187,19 @@ class TrainingState:
             explain_storage_error(error, self._uri, action)
 
 
-class _PackedSteps:
-    """The folders of steps below ``place``, each as ``state/STEP.tar`` of ``folder``."""
+def _handler_for_own_disks(processes: Any) -> Any:
+    """What saves arrays where each process has a disk of its own: every part of an array once, by one that has it.
 
-    def __init__(self, folder: Folder, place: Path) -> None:
-        self._folder, self._place = folder, place
-        self._uploads = ThreadPoolExecutor(1)
-        self._upload: Future[None] | None = None
+    Nobody's files then hold all arrays, so that Orbax must not look for them there.
+    """
+    import orbax.checkpoint as ocp
 
-    def upload(self, step: int, finish: Callable[[], None]) -> None:
-        """Start to keep ``step``, once ``finish`` has returned; earlier ones go when it is there."""
-        self.wait()
-        self._upload = self._uploads.submit(self._keep, step, finish)
-
-    def wait(self) -> None:
-        """Return once what was begun is kept."""
-        if self._upload is not None:
-            self._upload.result()
-
-    def download(self) -> None:
-        """Fetch the steps that are kept."""
-        for name in sorted(self._folder.list("state/"))[-KEPT:]:
-            data = self._folder.read(name)
-            if data is not None:
-                with tarfile.open(fileobj=io.BytesIO(data)) as packed:
-                    packed.extractall(self._place, filter="data")
-
-    def _keep(self, step: int, finish: Callable[[], None]) -> None:
-        finish()
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as packed:
-            packed.add(self._place / str(step), arcname=str(step))
-        name = f"state/{step:012d}.tar"
-        self._folder.write(name, buffer.getvalue())
-        for old in sorted(self._folder.list("state/"))[:-KEPT]:
-            self._folder.delete(old)
+    arrays = ocp.type_handlers.ArrayHandler(primary_host=None)
+    return ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=processes,
+        handler_impl=ocp.BasePyTreeCheckpointHandler(
+            multiprocessing_options=processes,
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+            enable_post_merge_validation=False,
+        ),
+    )

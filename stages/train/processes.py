@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.folder import Folder
 from saex_pipe.common.formats.manifest import Manifest, fingerprint, found_fingerprint
 from saex_pipe.common.formats.stage_output import StageOutput, beside, stage_output
@@ -54,11 +54,6 @@ def output_of_all(config: Config, *, force: bool) -> Iterator[StageOutput]:
         with stage_output(config, force=force) as output:
             yield output
         return
-    if Folder(config.out).local_path() is None:
-        raise InputError(
-            f"train.out = {config.out} with {jax.process_count()} processes",
-            "give a folder on a disk that all machines share: each of them saves its part there",
-        )
     opened = _opened_by_first(config, force) if is_first() else _onlooker(config)
     with opened as output:
         yield output

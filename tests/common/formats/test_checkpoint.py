@@ -32,3 +32,19 @@ def test_parameters_of_other_names_are_refused_by_those_names(tmp_path: Path) ->
             saves.restore(3, like({"w_enc_FD": array(4, 3), "b_enc_F": array(4)}))
         found, _ = saves.restore(3, like({"w_enc_DF": array(3, 4), "b_enc_F": array(4)}))
         assert (found["params"]["w_enc_DF"] == 1).all()
+
+
+def test_training_goes_on_from_the_step_that_was_read(folder: Folder) -> None:
+    """What is later is gone, on the disk and in a bucket: those steps are saved anew, whatever is saved first."""
+    like = ShapeDtypeStruct((3,), jnp.float32, sharding=SingleDeviceSharding(jax.devices()[0]))
+    with TrainingState(folder) as saves:
+        saves.save(3, jnp.full(3, 3.0))
+        saves.save(6, jnp.full(3, 6.0))
+    with TrainingState(folder) as saves:
+        assert saves.steps() == [0, 3, 6]
+        assert saves.restore(3, like)[0] == 3
+        assert saves.steps() == [0, 3]
+        saves.save(5, jnp.full(3, 5.0))
+    with TrainingState(folder) as saves:
+        assert saves.steps() == [0, 3, 5]
+        assert saves.restore(5, like)[0] == 5

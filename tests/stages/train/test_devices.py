@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 import train_in_processes
+from object_stores import fresh
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.checkpoint import read_sae
+from saex_pipe.common.formats.folder import Folder
 from saex_pipe.stages.toy import run as toy
 from saex_pipe.stages.toy.config import Config as ToyConfig
 from saex_pipe.stages.train import devices
@@ -107,6 +109,39 @@ def test_two_processes_train_one_sae_together(store, tmp_path, on_one, use):
     manifest = train.run(config(store, out, model_parallel=2))
     assert manifest.timings["resumed"] == 1
     assert_alike(out, on_one)
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_processes_that_share_nothing_but_a_bucket_go_on_from_there(store, stores, kind, on_one, use):
+    """Killed in the last save, of which one of the two had written its part: from the save before, bit for bit.
+
+    And one process goes on from what the two have saved.
+    """
+    folder = Folder(fresh(stores[kind]))
+    settings = SETTINGS | {"store": store, "out": folder.uri, "model_parallel": 4, "checkpoint_every_steps": 3}
+    run_processes(settings)
+    saved = {name.split("/")[1] for name in folder.list("state/")}
+    assert saved == {"000000000006", "000000000008"}
+    arrays = [name for name in folder.list("state/000000000006/") if "/d/" in name and "ocdbt.process_" in name]
+    assert {name.partition("ocdbt.process_")[2][0] for name in arrays} == {"0", "1"}, "each saves a part"
+    assert_alike(folder.uri, on_one)
+    weights = folder.read("sae_weights.safetensors")
+
+    def kill_in_the_last_save():
+        folder.delete("manifest.json")
+        folder.delete("sae_weights.safetensors")
+        folder.delete("state/000000000008/parts/1")
+
+    kill_in_the_last_save()
+    assert [report["steps"] for report in run_processes(settings)] == [8, 8]
+    assert json.loads(folder.read("manifest.json"))["timings"]["resumed"] == 1
+    assert folder.read("sae_weights.safetensors") == weights
+    kill_in_the_last_save()
+    use(2)
+    manifest = train.run(config(store, folder.uri, model_parallel=2, checkpoint_every_steps=3))
+    assert manifest.timings["resumed"] == 1
+    assert folder.list("state/000000000008/parts/") == ["state/000000000008/parts/0-of-1"]
+    assert_alike(folder.uri, on_one)
 
 
 def run_processes(settings):

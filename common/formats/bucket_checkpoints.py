@@ -1,0 +1,130 @@
+"""Checkpoints in a bucket: what Orbax leaves on a disk of each process of a training, object by object.
+
+``state/STEP/...``             the files of a checkpoint, each from the process that has it
+``state/STEP/parts/P-of-N``    written last by process P of N: the names of its files. With all N it is whole
+
+Each process saves its own share of the arrays to a disk of its own, as a database; joined, the databases are the
+checkpoint, for any number of processes. So nothing but the bucket needs to be shared, and no object grows with the
+number of devices: S3 takes 5 GB at a time.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import tensorstore as ts
+from jax.experimental import multihost_utils
+
+from saex_pipe.common.formats.folder import Folder
+
+_STATE = "state/"
+_PART = re.compile(r"state/(\d+)/parts/(\d+)-of-(\d+)")
+_DATABASES = "ocdbt.process_*"  # Orbax' name of what one process has saved of the arrays
+_REQUESTS = 8  # at once, each of which holds a file
+
+
+class BucketCheckpoints:
+    """The checkpoints in ``state/`` of ``folder``, of which the latest ``kept`` stay; ``place`` is on a local disk."""
+
+    def __init__(self, folder: Folder, place: Path, kept: int) -> None:
+        self._folder = Folder(folder.uri)  # that of a process which writes no results may refuse to write
+        self._place, self._kept = place, kept
+        self._process, self._processes = jax.process_index(), jax.process_count()
+        self._uploads = ThreadPoolExecutor(1)
+        self._upload: Future[None] | None = None
+
+    def upload(self, step: int, finish: Callable[[], None]) -> None:
+        """Start to keep what is at ``place`` of ``step``, once ``finish`` has returned; earlier ones go when it is."""
+        self.wait()
+        self._upload = self._uploads.submit(self._keep, step, finish)
+
+    def wait(self) -> None:
+        """Return once what was begun is kept."""
+        if self._upload is not None:
+            self._upload.result()
+
+    def download(self) -> None:
+        """Fetch the latest checkpoints that are whole; what is not whole goes. All processes must call it."""
+        steps = self._whole()[-self._kept :]
+        if self._processes > 1:  # of what the first one sees: another might look when it has tidied up already
+            padded = np.array([-1] * (self._kept - len(steps)) + steps, np.int64)
+            steps = [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
+        if self._process == 0:
+            for step in self._all() - set(steps):
+                self._delete(step)
+        for step in steps:
+            self._fetch(step)
+
+    def forget(self, step: int) -> None:
+        """Delete ``step``, which training is about to go through again."""
+        if self._process == 0:
+            self._delete(step)
+
+    def _keep(self, step: int, finish: Callable[[], None]) -> None:
+        finish()
+        written = self._place / str(step)
+        files = sorted(path for path in written.rglob("*") if path.is_file())
+        if self._process > 0:  # the first one has what describes the arrays
+            files = [path for path in files if any(parent.match(_DATABASES) for parent in path.parents)]
+        names = [f"{_at(step)}{path.relative_to(written).as_posix()}" for path in files]
+        with ThreadPoolExecutor(_REQUESTS) as requests:
+            list(requests.map(lambda name, path: self._folder.write(name, path.read_bytes()), names, files))
+        part = f"{_at(step)}parts/{self._process}-of-{self._processes}"
+        self._folder.write(part, json.dumps(names).encode())
+        if self._process == 0:
+            for old in self._whole()[: -self._kept]:
+                self._delete(old)
+
+    def _fetch(self, step: int) -> None:
+        parts = self._folder.read_many(self._folder.list(f"{_at(step)}parts/"))
+        names = [name for data in parts.values() for name in json.loads(data)]
+
+        def fetch(name: str) -> None:
+            path = self._place / str(step) / name.removeprefix(_at(step))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._folder.read(name) or b"")
+
+        with ThreadPoolExecutor(_REQUESTS) as requests:
+            list(requests.map(fetch, names))
+        for place in {path.parent for path in (self._place / str(step)).rglob(_DATABASES)}:
+            _join(place)
+
+    def _whole(self) -> list[int]:
+        """Steps of which all parts are there, ascending."""
+        found: dict[tuple[int, int], set[int]] = defaultdict(set)
+        for name in self._folder.list(_STATE):
+            if part := _PART.fullmatch(name):
+                step, process, processes = map(int, part.groups())
+                found[step, processes].add(process)
+        return sorted({step for (step, processes), there in found.items() if len(there) == processes})
+
+    def _all(self) -> set[int]:
+        """Steps of which anything is there."""
+        return {int(name.split("/")[1]) for name in self._folder.list(_STATE)}
+
+    def _delete(self, step: int) -> None:
+        self._folder.delete(f"{_at(step)}parts/")  # first: what is half gone must not count as whole
+        self._folder.delete(_at(step))
+
+
+def _at(step: int) -> str:
+    return f"{_STATE}{step:012d}/"
+
+
+def _join(place: Path) -> None:
+    """Make one database of those that the processes wrote, by reference to their files."""
+    context = ts.Context()
+
+    def opened(folder: Path) -> ts.KvStore:
+        spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+        return ts.KvStore.open(spec, context=context).result()
+
+    with ts.Transaction(atomic=True) as transaction:
+        whole = opened(place).with_transaction(transaction)
+        for database in sorted(place.glob(_DATABASES)):
+            opened(database).experimental_copy_range_to(whole).result()
