@@ -1,4 +1,4 @@
-"""One of several processes that train one SAE together; prints which rows of the batches it read."""
+"""One of several processes that train together, one SAE or more; prints which rows of the batches it read."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import jax
 
 
 def main(port: str, processes: str, process: str, settings: str) -> None:
-    """Train with ``settings``, JSON, on four devices of each process."""
+    """Train on four devices of each process with ``settings``, a JSON list of them, one for each SAE."""
     jax.config.update("jax_num_cpu_devices", 4)
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=int(processes), process_id=int(process))
     from saex_pipe.common.formats.row_reader import RowReader
@@ -21,8 +21,9 @@ def main(port: str, processes: str, process: str, settings: str) -> None:
         return undisturbed(self, step, rows)
 
     RowReader.batch = batch  # type: ignore[method-assign]
-    manifest = train.run(Config.create({"worker": "jax", **json.loads(settings)}))
-    print(json.dumps({"rows": sorted(seen), "steps": manifest.totals["steps"], "devices": jax.device_count()}))
+    manifests = train.run_sweep([Config.create({"worker": "jax", **one}) for one in json.loads(settings)])
+    steps = [manifest.totals["steps"] for manifest in manifests]
+    print(json.dumps({"rows": sorted(seen), "steps": steps, "devices": jax.device_count()}))
 
 
 if __name__ == "__main__":

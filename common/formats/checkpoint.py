@@ -5,6 +5,7 @@
 ``state/STEP``                             Orbax: parameters, optimiser, dead-latent counters, step; resumes bit for bit
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -108,14 +109,22 @@ class TrainingState:
         self._bucket = None if local is not None else BucketCheckpoints(folder, path, KEPT)
         if self._bucket is not None:
             self._bucket.download()
-        processes = ocp.options.MultiprocessingOptions(primary_host=0 if self._bucket is None else None)
+        # The processes meet under a name for each save, of which several SAEs trained together have some at a time.
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=0 if self._bucket is None else None,
+            barrier_sync_key_prefix=hashlib.sha256(folder.uri.encode()).hexdigest()[:16],
+        )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT,
             create=self._bucket is None,
             enable_async_checkpointing=True,
             multiprocessing_options=processes,
         )
-        handler = ocp.PyTreeCheckpointHandler() if self._bucket is None else _handler_for_own_disks(processes)
+        handler = (
+            ocp.PyTreeCheckpointHandler(multiprocessing_options=processes)
+            if self._bucket is None
+            else _handler_for_own_disks(processes)
+        )
         self._uri = f"{folder.uri}/state"
         with self._explained("opened"):
             self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handler)

@@ -96,7 +96,7 @@ def test_two_processes_train_one_sae_together(store, tmp_path, on_one, use):
     settings = SETTINGS | {"store": store, "out": str(out), "model_parallel": 4, "checkpoint_every_steps": 4}
     reports = run_processes(settings)
     assert [report["rows"] for report in reports] == [[[0, 32]], [[32, 64]]]
-    assert [(report["steps"], report["devices"]) for report in reports] == [(8, 8)] * 2
+    assert [(report["steps"], report["devices"]) for report in reports] == [([8], 8)] * 2
     assert_alike(out, on_one)
     written = (out / "metrics.jsonl").read_text().splitlines()
     rows = [event["rows"] for event in map(json.loads, written) if "rows" in event]
@@ -133,7 +133,7 @@ def test_processes_that_share_nothing_but_a_bucket_go_on_from_there(store, store
         folder.delete("state/000000000008/parts/1")
 
     kill_in_the_last_save()
-    assert [report["steps"] for report in run_processes(settings)] == [8, 8]
+    assert [report["steps"] for report in run_processes(settings)] == [[8], [8]]
     assert json.loads(folder.read("manifest.json"))["timings"]["resumed"] == 1
     assert folder.read("sae_weights.safetensors") == weights
     kill_in_the_last_save()
@@ -144,7 +144,18 @@ def test_processes_that_share_nothing_but_a_bucket_go_on_from_there(store, store
     assert_alike(folder.uri, on_one)
 
 
-def run_processes(settings):
+def test_processes_save_several_saes_at_a_time(store, tmp_path, on_one):
+    """In every step, so that saves under way overlap: none takes another's meeting for its own."""
+    outs = [tmp_path / name for name in "abc"]
+    reports = run_processes(
+        *(SETTINGS | {"store": store, "out": str(out), "checkpoint_every_steps": 1} for out in outs)
+    )
+    assert [report["steps"] for report in reports] == [[8, 8, 8]] * 2
+    for out in outs:
+        assert_alike(out, on_one)
+
+
+def run_processes(*settings):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
