@@ -12,7 +12,7 @@ from saex_pipe.common.sae.contract import DataStats, Moment, Params, Variant
 from saex_pipe.common.sae.flops import step_flops
 from saex_pipe.common.sae.matmul import by_transposed, over_rows
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
-from saex_pipe.common.sae.optimiser import adam
+from saex_pipe.common.sae.optimiser import Optimiser, OptimiserName, adam
 from saex_pipe.common.sae.select import top_k
 from saex_pipe.common.sae.sparse import ActiveCodes, decode_active
 from saex_pipe.common.sae.train_step import StepSettings, init_state, make_step
@@ -78,7 +78,15 @@ def with_active(variant: Variant, params: Params, shape: Shape) -> Params:
     return variant.shift_pre_activations(params, jnp.full(shape.latents, -level))
 
 
-def whole_step(variant: Variant, shape: Shape, dtype: ComputeDtype, *, few: bool, codes: Codes = "auto") -> Call:
+def whole_step(
+    variant: Variant,
+    shape: Shape,
+    dtype: ComputeDtype,
+    *,
+    few: bool,
+    codes: Codes = "auto",
+    optimiser: OptimiserName = "adam",
+) -> Call:
     """Calls that go on training one state, as the train stage does.
 
     Args:
@@ -87,15 +95,16 @@ def whole_step(variant: Variant, shape: Shape, dtype: ComputeDtype, *, few: bool
         dtype: of the inputs of its products.
         few: whether k latents stay active on average.
         codes: how products with codes are computed, as ``Compute.codes``.
+        optimiser: its name.
     """
-    optimiser = adam(TOTAL_STEPS)
+    built = Optimiser(name=optimiser).build(TOTAL_STEPS)
     settings = StepSettings(total_steps=TOTAL_STEPS, compute=Compute(dtype=dtype, codes=codes))
-    step = jax.jit(make_step(optimiser, settings), donate_argnums=2)
+    step = jax.jit(make_step(built, settings), donate_argnums=2)
     scale = Normaliser(jnp.ones(shape.width))
     normalisers = jax.tree.map(jnp.copy, Normalisers(scale, scale))
     params = initial(variant, shape)
     params = with_active(variant, params, shape) if few else params
-    state = init_state(params, optimiser, normalisers)
+    state = init_state(params, built, normalisers)
     x_BD, rate = rows_of(shape), jnp.float32(0 if few else variant.published_learning_rate())
 
     def call() -> Any:

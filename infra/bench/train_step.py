@@ -1,7 +1,7 @@
 """Milliseconds of one SAE training step, beside bare matrix products, SAELens and sparsify.
 
     python infra/bench/train_step.py [--quick] [--peer-python PATH] [--variant A,B] [--shape 2048x576x9216,...]
-                                     [--k 32] [--dtype bfloat16,float32] [--parts steps,topk]
+                                     [--k 32] [--dtype bfloat16,float32] [--parts steps,topk] [--optimiser signum]
 
 Prints one JSON line per case:
 
@@ -12,6 +12,7 @@ Prints one JSON line per case:
   the start all five, at the rate of the five. The peers are SAELens' SAE of that variant and, for TopK,
   sparsify's, each with its own loop (``peers_train.py``) in the setting that it is fastest in: float32 or autocast to
   bfloat16, eager or compiled (eager alone with --quick), whatever the dtype of ours. A line for each peer.
+  With --optimiser ours and sparsify's have the same one; else each has its default, Adam and Signum. SAELens has Adam.
 - ``topk``: parts of a TopK step; a part without products has no bound.
 
 Sides take turns, step by step, and never compute at once. Values are medians, ratios medians over the rounds, so that
@@ -103,8 +104,9 @@ def line(case: str, ours: list[float], bound: list[float] | None) -> dict[str, A
 class Opponent:
     """A peer in a process of its own."""
 
-    def __init__(self, name: str, process: TrainPeer, threads: int, compiling: bool) -> None:
-        self._name, self._process, self._threads = name, process, threads
+    def __init__(self, name: str, process: TrainPeer, compiling: bool, optimiser: str | None) -> None:
+        self._name, self._process = name, process
+        self._more = {"optimiser": optimiser} if optimiser else {}
         self._settings = list(product(("float32", "autocast"), (False, True) if compiling else (False,)))
 
     def side(self, variant: str, shape: Shape) -> Side | None:
@@ -130,27 +132,29 @@ class Opponent:
             **shape._asdict(),
             precision=precision,
             compile=compiled,
-            threads=self._threads,
+            threads=os.cpu_count() or 1,
+            **self._more,
         )
         return str(self._process.ready()["name"])
 
 
 def step_cases(
-    name: str, shape: Shape, dtypes: Sequence[str], opponents: Sequence[Opponent], rounds: int
+    name: str, shape: Shape, opponents: Sequence[Opponent], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """One variant in every dtype against its bound and its peers."""
     variant = variant_of(name, shape)
     peers = [side for opponent in opponents if (side := opponent.side(name, shape)) is not None]
-    cases = {f"{name}, {dtype}, {shape}": (dtype, True) for dtype in dtypes}
+    cases = {f"{name}, {dtype}, {shape}": (dtype, True) for dtype in options.dtypes}
     if not hasattr(variant, "k"):
-        cases |= {f"{name} at the start, {dtype}, {shape}": (dtype, False) for dtype in dtypes}
+        cases |= {f"{name} at the start, {dtype}, {shape}": (dtype, False) for dtype in options.dtypes}
     bare: dict[str, Part] = {}
     sides = []
     for case, (dtype, few) in cases.items():
         bare[case] = encoder_product(shape, dtype) if few else dense_products(shape, dtype)
-        step = whole_step(variant, shape, dtype, few=few and not hasattr(variant, "k"))
+        few = few and not hasattr(variant, "k")
+        step = whole_step(variant, shape, dtype, few=few, optimiser=options.optimiser or "adam")
         sides += [Side(case, timed(step)), Side(f"bare {case}", timed(bare[case].call))]
-    found = alternate([*sides, *peers], rounds)
+    found = alternate([*sides, *peers], options.rounds)
     for case, (_, few) in cases.items():
         share = needed_flops(name, shape, few=few) / bare[case].flops
         bound = [share * milliseconds for milliseconds in found[f"bare {case}"]]
@@ -182,6 +186,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=32, help="active latents per row")
     parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)}; with --quick the first alone")
     parser.add_argument("--parts", default="steps,topk", help="what to time")
+    parser.add_argument("--optimiser", choices=("adam", "signum"), help="of ours and of sparsify")
     parser.add_argument("--rounds", type=int, help="rounds that count: 11, with --quick 3")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else 11)
@@ -204,12 +209,12 @@ def main() -> None:
             place = Path(folder) / name
             place.mkdir()
             process = stack.enter_context(TrainPeer(options.peer_python, place))
-            opponents.append(Opponent(name, process, os.cpu_count() or 1, compiling=not options.quick))
+            opponents.append(Opponent(name, process, not options.quick, options.optimiser))
         if not opponents:
             note("no peers: --peer-python names no Python that has them", script="train_step.py")
         for shape in options.shapes:
             for name in options.variants if "steps" in options.parts else ():
-                for found in step_cases(name, shape, options.dtypes, opponents, options.rounds):
+                for found in step_cases(name, shape, opponents, options):
                     print(json.dumps(found), flush=True)
             for dtype in options.dtypes if "topk" in options.parts.split(",") else ():
                 for found in part_cases(shape, dtype, options.rounds):
