@@ -9,7 +9,7 @@ two equivalent ways to undo that; this one keeps the latents in their training s
 
 and what acts on latents (thresholds) stays as it is. Where b_dec is subtracted, x' - b_dec = (x - b_dec') M already.
 What clipping did to long rows is not undone: the SAE reads them as they are. Layer norm is no part of the weights:
-its rows stay normalised, and who uses the SAE normalises (``inference.Sae``).
+its rows stay normalised, each tap's part by itself, and who uses the SAE normalises (``inference.Sae``).
 """
 
 import jax.numpy as jnp

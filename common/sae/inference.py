@@ -59,7 +59,7 @@ class Sae:
         """What the SAE makes of ``x``: the function to splice into a language model."""
         recon_BD = self.variant.reconstruct(self.params, self._normalised(x), self.compute)
         if self.row_norm:
-            recon_BD = layer_norm(_rows(x))[1].undo(recon_BD)
+            recon_BD = layer_norm(_rows(x), self.variant.tap_widths)[1].undo(recon_BD)
         return recon_BD.reshape(*x.shape[:-1], recon_BD.shape[-1])
 
     @partial(jax.jit, static_argnames="limit")
@@ -75,7 +75,7 @@ class Sae:
         return SparseCodes(*active, jnp.sum(codes_BF > 0, axis=1, dtype=jnp.int32))
 
     def _normalised(self, x: Array) -> Float[Array, "B D_in"]:
-        return layer_norm(_rows(x))[0] if self.row_norm else _rows(x)
+        return layer_norm(_rows(x), self.variant.tap_widths)[0] if self.row_norm else _rows(x)
 
 
 def _rows(x: Array) -> Float[Array, "B D_in"]:

@@ -11,7 +11,8 @@ clipped        expected_norm, and rows longer than a multiple of sqrt(D) are sca
 ema            x' = x / sqrt(m), where m starts as in mean_square and follows the batches:
                m <- d m + (1 - d) E_batch||x||^2 / D
 layer_norm     x' = (x - mean(x)) / (std(x) + 1e-5) with mean and std (n - 1) over the D entries of the row itself, as
-               SAELens' ``normalize_activations="layer_norm"`` has it. https://github.com/decoderesearch/SAELens
+               SAELens' ``normalize_activations="layer_norm"`` has it; of a crosscoder's row, over those of each tap.
+               https://github.com/decoderesearch/SAELens
 whitening_pca  x' = (x - E x) V (L + e)^-1/2 for the covariance V L V^T, with e = 1e-3 times the mean of L
                Data whitening improves sparse autoencoder learning. Ashwin Saraswatula, David Klindt. 2025.
                https://arxiv.org/abs/2511.13981
@@ -21,7 +22,7 @@ whitening_zca  x' = (x - E x) V (L + e)^-1/2 V^T: the whitening that moves rows 
 All but layer_norm and the clipping are affine, and folded into the weights that are saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -94,11 +95,11 @@ class Normaliser:
         """Raw rows, of any float type, in the units of training, float32."""
         x_BD = x_BD.astype(jnp.float32)
         if self.per_row:
-            return layer_norm(x_BD)[0]
+            return layer_norm(x_BD, self.tap_widths)[0]
         x_BD = self.affine().apply(x_BD)
         if self.longest is None:
             return x_BD
-        return jnp.concatenate([_shortened(part_BD, self.longest) for part_BD in self._parts(x_BD)], axis=1)
+        return jnp.concatenate([_shortened(part_BD, self.longest) for part_BD in _parts(x_BD, self.tap_widths)], axis=1)
 
     def observe(self, x_BD: Float[Array, "B D"]) -> "Normaliser":
         """The normaliser after a batch of raw rows: the same, unless it tracks what it sees."""
@@ -107,7 +108,7 @@ class Normaliser:
         means_D = jnp.concatenate(
             [
                 jnp.full(part_BD.shape[1], jnp.mean(jnp.square(part_BD.astype(jnp.float32))))
-                for part_BD in self._parts(x_BD)
+                for part_BD in _parts(x_BD, self.tap_widths)
             ]
         )
         tracked_D = self.decay / jnp.square(self.scale_D) + (1 - self.decay) * means_D
@@ -120,9 +121,6 @@ class Normaliser:
         forward_DD = self.whitening.matrix_DD * self.scale_D[None]
         return Affine(self.whitening.mean_D, forward_DD, self.whitening.inverse_DD / self.scale_D[:, None])
 
-    def _parts(self, x_BD: Float[Array, "B D"]) -> list[Float[Array, "B d"]]:
-        return jnp.split(x_BD, list(accumulate(self.tap_widths))[:-1], axis=1)
-
 
 class Normalisers(NamedTuple):
     """Of the two sides; equal except for a transcoder."""
@@ -132,21 +130,28 @@ class Normalisers(NamedTuple):
 
 
 class RowNorm(NamedTuple):
-    """What layer_norm took off a row, and puts back on its reconstruction."""
+    """What layer_norm took off a row, and puts back on its reconstruction: the same on all axes of a tap."""
 
-    mean_B1: Float[Array, "B 1"]
-    std_B1: Float[Array, "B 1"]
+    mean_BD: Float[Array, "B D"]
+    std_BD: Float[Array, "B D"]
 
     def undo(self, y_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
         """Raw rows from those in units of training. SAELens leaves the epsilon out here, and so does this."""
-        return y_BD * self.std_B1 + self.mean_B1
+        return y_BD * self.std_BD + self.mean_BD
 
 
-def layer_norm(x_BD: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], RowNorm]:
-    """Rows of mean 0 and standard deviation 1 (n - 1), and what undoes it."""
-    mean_B1 = jnp.mean(x_BD, axis=1, keepdims=True)
-    std_B1 = jnp.std(x_BD, axis=1, keepdims=True, ddof=1)
-    return (x_BD - mean_B1) / (std_B1 + ROW_EPSILON), RowNorm(mean_B1, std_B1)
+def layer_norm(x_BD: Float[Array, "B D"], tap_widths: tuple[int, ...] = ()) -> tuple[Float[Array, "B D"], RowNorm]:
+    """Rows of mean 0 and standard deviation 1 (n - 1), and what undoes it; each tap's part by itself. All float32."""
+
+    def spread_out(statistic: Callable[..., Array]) -> Array:
+        of_taps = (
+            jnp.broadcast_to(statistic(part_BD, axis=1, keepdims=True), part_BD.shape)
+            for part_BD in _parts(x_BD, tap_widths)
+        )
+        return jnp.concatenate(list(of_taps), axis=1)
+
+    norm = RowNorm(spread_out(jnp.mean), spread_out(partial(jnp.std, ddof=1)))
+    return (x_BD - norm.mean_BD) / (norm.std_BD + ROW_EPSILON), norm
 
 
 def whitening(rows: Sequence[Float[np.ndarray, "N D"]], kind: Literal["whitening_pca", "whitening_zca"]) -> Whitening:
@@ -163,6 +168,11 @@ def _whitened(rows_ND: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, n
     spread_D = np.sqrt(np.maximum(variance_D, 0) + max(RIDGE * variance_D.mean(), np.finfo(np.float32).tiny))
     turned_DD = axes_DD.T if kind == "whitening_zca" else np.eye(len(mean_D))
     return mean_D, (axes_DD / spread_D) @ turned_DD, turned_DD.T @ (axes_DD * spread_D).T
+
+
+def _parts(x_BD: Float[Array, "B D"], tap_widths: tuple[int, ...]) -> list[Float[Array, "B d"]]:
+    """Of the rows of a crosscoder, those of each tap."""
+    return jnp.split(x_BD, list(accumulate(tap_widths))[:-1], axis=1)
 
 
 def _shortened(x_BD: Float[Array, "B D"], longest: float) -> Float[Array, "B D"]:

@@ -6,10 +6,11 @@ folding leaves alone there as here; of gated b_gate, r_mag, b_mag [d_sae] and no
 
 An architecture is an activation ("standard" is ReLU, and goes without saying before a kind) and a kind: "topk",
 "transcoder", "jumprelu_skip_transcoder". What has no class there gets a name by the same rule, and SAELens refuses it:
-"topk_skip_transcoder", "crosscoder" (with ``tap_widths``, the taps concatenated in every array). Only TopK and gated
-transcoders between equal widths are SAELens' "topk" and "gated" without ``apply_b_dec_to_input``, which compute the
-same. p-annealing is a ReLU once it is trained, and so is Wright's variant with its scales folded into the encoder: both
-are "standard" there and come back as ReLU. BatchTopK and the Matryoshka variants are JumpReLU once they are trained.
+"topk_skip_transcoder", "crosscoder" (with ``tap_widths``, the taps concatenated in every array; its layer_norm is of
+each tap by itself). Only TopK and gated transcoders between equal widths are SAELens' "topk" and "gated" without
+``apply_b_dec_to_input``, which compute the same. p-annealing is a ReLU once it is trained, and so is Wright's variant
+with its scales folded into the encoder: both are "standard" there and come back as ReLU. BatchTopK and the Matryoshka
+variants are JumpReLU once they are trained.
 """
 
 from collections.abc import Mapping
@@ -151,10 +152,12 @@ def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> t
     _refuse_other_settings(cfg, activation, kind)
     params = _checked_params(cfg, tensors, activation, kind)
     subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", not kind))
-    transcoder = kind.endswith("transcoder") or "d_out" in cfg
+    row_norm = NORMALISATIONS[cfg.get("normalize_activations", "none")]
+    transcoder = _is_transcoder(cfg, kind)
     settings: dict[str, Any] = {
         "latents": int(cfg["d_sae"]),
-        "transcoder": transcoder or (activation == "topk" and not kind and not subtracts_b_dec),
+        # A transcoder between equal widths is a plain "topk" there; with layer_norm it can be none.
+        "transcoder": transcoder or (activation == "topk" and not kind and not subtracts_b_dec and not row_norm),
         "skip": kind == "skip_transcoder",
         "tap_widths": tuple(cfg["tap_widths"]) if kind == "crosscoder" else (),
         "centred": subtracts_b_dec,
@@ -171,7 +174,7 @@ def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> t
             variant = Relu(sparsity_coefficient=0.0, **settings)
     if transcoder and subtracts_b_dec:
         params = variant.shift_pre_activations(params, -(params["w_enc_FD"] @ params["b_dec_D"]))
-    return variant, params, NORMALISATIONS[cfg.get("normalize_activations", "none")]
+    return variant, params, row_norm
 
 
 def _parsed(cfg: Mapping[str, Any]) -> tuple[str, str]:
@@ -189,6 +192,10 @@ def _parsed(cfg: Mapping[str, Any]) -> tuple[str, str]:
     return activation, kind
 
 
+def _is_transcoder(cfg: Mapping[str, Any], kind: str) -> bool:
+    return kind.endswith("transcoder") or "d_out" in cfg
+
+
 def _refuse_other_settings(cfg: Mapping[str, Any], activation: str, kind: str) -> None:
     if activation == "topk" and "k" not in cfg:
         raise InputError("cfg.json lacks k", "add the number of active latents per row")
@@ -197,11 +204,15 @@ def _refuse_other_settings(cfg: Mapping[str, Any], activation: str, kind: str) -
             f"tap_widths = {cfg.get('tap_widths')} do not add up to d_in = {cfg['d_in']}", "write the folder again"
         )
     normalisation = cfg.get("normalize_activations", "none")
-    if normalisation not in NORMALISATIONS or (kind and normalisation != "none"):
-        of = f" for a {kind.replace('_', ' ')}" if normalisation in NORMALISATIONS else ""
+    if normalisation not in NORMALISATIONS:
         raise InputError(
-            f"normalize_activations = {normalisation!r} is not supported{of}",
-            "fold it in SAELens, leaving 'none'",
+            f"normalize_activations = {normalisation!r} is not supported", "fold it in SAELens, leaving 'none'"
+        )
+    if NORMALISATIONS[normalisation] and _is_transcoder(cfg, kind):
+        raise InputError(
+            f"normalize_activations = {normalisation!r} is not supported for a transcoder: the mean and spread to put "
+            "back are the target's, which it does not see",
+            "use one that was trained without",
         )
     for name, value in EXACT_SETTINGS.items():
         if cfg.get(name, value) != value:

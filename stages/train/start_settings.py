@@ -15,7 +15,8 @@ class StartSettings(StageConfig):
         unit="",
         meaning="units of training: rows scaled to unit mean square per dimension (ema: of the recent batches), or to "
         "a mean norm of the square root of the width (clipped: and no longer than clip_multiple of it), each by its "
-        "own mean and spread, or whitened; folded into the saved weights",
+        "own mean and spread (layer_norm; not for a transcoder), or whitened; every tap of a crosscoder by itself; "
+        "folded into the saved weights, but for layer_norm, which is done again where the SAE is used",
     )
     clip_multiple: float = setting(
         3.0, unit="expected norms", meaning="length that clipped scales longer rows down to", gt=0

@@ -40,10 +40,10 @@ def units_of(config: Config, store: Rows, sides: Sides, *, with_rows: bool, resu
     if store.rows == 0:
         raise InputError(f"{config.store} has no training rows", "harvest again with more text or fewer drop_* rules")
     alike = sides.input == sides.target
-    if config.normalise == "layer_norm" and (not alike or len(sides.input) > 1):
+    if config.normalise == "layer_norm" and not alike:
         raise InputError(
-            "train.normalise = layer_norm: its mean and spread are of the target's own row, which only an SAE of one "
-            "tap sees",
+            "train.normalise = layer_norm: a reconstruction gets back the mean and spread of its own row, and a "
+            "transcoder does not see the target's",
             "set it to mean_square",
         )
     sample: Mapping[str, np.ndarray] | None = None

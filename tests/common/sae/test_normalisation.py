@@ -1,5 +1,7 @@
 """Normalisation against its equations in float64, and what the folded SAE makes of raw rows."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +153,37 @@ def test_layer_norm_is_taken_off_each_row_and_put_back(name: str) -> None:
     np.testing.assert_array_equal(sae.codes_sparse(raw_ND, limit=3).values_BK, jax.lax.top_k(sae.encode(raw_ND), 3)[0])
     expected_ND = np.asarray(variant.reconstruct(params, normal_ND), np.float64) * std_N1 + mean_N1
     np.testing.assert_allclose(sae.reconstruct(raw_ND), expected_ND, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["topk", "relu"])
+def test_layer_norm_of_a_crosscoder_is_that_of_each_tap(name: str) -> None:
+    settings = {"k": 5} if name == "topk" else {"sparsity_coefficient": 1.0}
+    variant, parts = build(name, LATENTS, **settings, tap_widths=(6, 10)), (slice(0, 6), slice(6, 16))
+    x_ND = np.concatenate([raw(6), raw(10, seed=1) / 10], axis=1)
+    mean_ND, std_ND = (
+        np.concatenate(
+            [np.repeat(of(x_ND[:, part], axis=1)[:, None], part.stop - part.start, axis=1) for part in parts], axis=1
+        )
+        for of in (np.mean, partial(np.std, ddof=1))
+    )
+    normal_ND = (x_ND - mean_ND) / (std_ND + 1e-5)
+    side = Normaliser(jnp.ones(WIDTH), per_row=True, tap_widths=(6, 10))
+    raw_ND = jnp.asarray(x_ND, jnp.float32)
+    np.testing.assert_allclose(side.apply(raw_ND), normal_ND, rtol=1e-5, atol=1e-5)
+
+    params = trained(variant, WIDTH)
+    of = {key: np.asarray(leaf, np.float64) for key, leaf in params.items()}
+    subtracted_D = of["b_dec_D"] if variant.subtracts_decoder_bias else 0
+    z_NF = (normal_ND - subtracted_D) @ of["w_enc_FD"].T + of["b_enc_F"]
+    codes_NF = np.maximum(z_NF, 0)
+    if name == "topk":
+        codes_NF *= z_NF >= np.sort(z_NF, axis=1)[:, -5:-4]
+    expected_ND = (codes_NF @ of["w_dec_FD"] + of["b_dec_D"]) * std_ND + mean_ND
+    sae = Sae(variant, fold(variant, params, Normalisers(side, side)), row_norm=True)
+    np.testing.assert_allclose(sae.encode(raw_ND), codes_NF, rtol=1e-5, atol=1e-5)
+    for part in parts:
+        off_ND = np.abs(np.asarray(sae.reconstruct(raw_ND))[:, part] - expected_ND[:, part])
+        assert off_ND.max() < 2e-6 * np.abs(expected_ND[:, part]).max()
 
 
 def test_layer_norm_of_a_transcoder_is_refused() -> None:

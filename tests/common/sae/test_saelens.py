@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[Variant, int, str]] = {
     "relu crosscoder": (build("relu", LATENTS, sparsity_coefficient=1.0, tap_widths=(6, 10)), WIDTH, "crosscoder"),
     "topk crosscoder": (build("topk", LATENTS, k=5, tap_widths=(6, 10)), WIDTH, "topk_crosscoder"),
 }
-every_case = pytest.mark.parametrize("case", CASES)
+ROW_NORM_CASES = ("topk", "relu", "topk crosscoder", "relu crosscoder")
 
 
 def exported(case: str) -> tuple[Sae, jax.Array]:
@@ -97,15 +98,20 @@ def exported(case: str) -> tuple[Sae, jax.Array]:
     return Sae(variant, fold(variant, params, normalisers)), raw_BD
 
 
-@every_case
-def test_round_trip(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "row_norm"),
+    [*((case, False) for case in CASES), *((case, True) for case in ROW_NORM_CASES)],
+)
+def test_round_trip(case: str, row_norm: bool, tmp_path: Path) -> None:
     sae, raw_BD = exported(case)
-    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA)
+    sae = replace(sae, row_norm=row_norm)
+    cfg, tensors = to_saelens(sae.variant, sae.params, METADATA, row_norm=row_norm)
     assert cfg["architecture"] == CASES[case][2]
     assert cfg["metadata"]["hook_name"] == METADATA["hook_name"]
     save_file(tensors, tmp_path / "sae_weights.safetensors")
     cfg = json.loads(json.dumps(cfg))
     again = Sae(*from_saelens(cfg, load_file(tmp_path / "sae_weights.safetensors")))
+    assert again.row_norm == row_norm
     assert type(again.variant) is COME_BACK_AS.get(case, type(sae.variant))
     for name in ("transcoder", "skip", "tap_widths"):
         assert getattr(again.variant, name) == getattr(sae.variant, name), name
@@ -129,6 +135,15 @@ def test_a_transcoder_that_subtracts_its_decoder_bias_has_it_moved_into_the_enco
     np.testing.assert_allclose(again.encode(raw_BD), expected_BF, rtol=1e-4, atol=1e-4)
 
 
+def test_a_topk_with_layer_norm_is_no_transcoder_whether_it_subtracts_its_decoder_bias_or_not() -> None:
+    cfg, tensors = to_saelens(exported("topk")[0].variant, exported("topk")[0].params, METADATA)
+    cfg["apply_b_dec_to_input"] = False
+    assert from_saelens(cfg, tensors)[0].transcoder
+    variant = from_saelens({**cfg, "normalize_activations": "layer_norm"}, tensors)[0]
+    assert not variant.transcoder
+    assert not variant.subtracts_decoder_bias
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -136,8 +151,9 @@ def test_a_transcoder_that_subtracts_its_decoder_bias_has_it_moved_into_the_enco
         ({"normalize_activations": "constant_norm_rescale"}, "'constant_norm_rescale' is not supported"),
         (
             {"normalize_activations": "layer_norm", "architecture": "topk_transcoder"},
-            "normalize_activations = 'layer_norm' is not supported for a transcoder",
+            "normalize_activations = 'layer_norm' is not supported for a transcoder: the mean and spread to put back",
         ),
+        ({"normalize_activations": "layer_norm", "d_out": WIDTH}, "'layer_norm' is not supported for a transcoder"),
         ({"architecture": "topk_skip_transcoder"}, "sae_weights lacks W_skip"),
         ({"architecture": "crosscoder", "tap_widths": [6, 9]}, "tap_widths = [6, 9] do not add up to d_in = 16"),
         ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm = True is not supported"),

@@ -122,9 +122,10 @@ def test_a_transcoder_is_not_moved_to_another_tap(place, recipe, tmp_path):
         chain.finish_stage(config, force=False)
 
 
-def test_a_crosscoder_is_scored_on_each_of_its_taps_and_on_all(place, recipe):
-    both = chain.with_assignments(recipe, ["train.tap=none", f'train.taps=["embed", "{tiny_run.TAP}"]'])
-    out = place / "run-crosscoder"
+@pytest.mark.parametrize("normalise", ["mean_square", "layer_norm"])
+def test_a_crosscoder_is_scored_on_each_of_its_taps_and_on_all(place, recipe, normalise):
+    settings = ["train.tap=none", f'train.taps=["embed", "{tiny_run.TAP}"]', f"train.normalise={normalise}"]
+    both, out = chain.with_assignments(recipe, settings), place / f"run-crosscoder-{normalise}"
     scores = scores_of(both, out)
     corpus, saved = TokenStore(f"{out}/corpus"), read_sae(f"{out}/sae")
     taps = saved.taps

@@ -32,7 +32,7 @@ def run(store, out, **changes):
     return train.run(Config.create({"store": store, "out": str(out), "taps": ("layer.*",)} | SETTINGS | changes))
 
 
-@pytest.mark.parametrize("normalise", ["mean_square", "whitening_zca"])
+@pytest.mark.parametrize("normalise", ["mean_square", "whitening_zca", "layer_norm"])
 def test_a_saved_crosscoder_reconstructs_every_tap_from_raw_rows(store, tmp_path, normalise):
     run(store, tmp_path, normalise=normalise)
     saved = read_sae(str(tmp_path))
@@ -47,8 +47,35 @@ def test_a_saved_crosscoder_reconstructs_every_tap_from_raw_rows(store, tmp_path
         assert np.square(part_BD - recon_part_BD).sum() / np.square(part_BD - part_BD.mean(axis=0)).sum() < 0.6
 
 
-def test_the_feature_cache_encodes_all_taps_of_a_crosscoder(store, tmp_path):
-    run(store, tmp_path / "sae")
+def fvu_of_normalised(rows, recons):
+    """Fraction of the variance left unexplained of rows, the taps' parts of which have their own units each."""
+    units = [(part_BD.mean(1, keepdims=True), part_BD.std(1, ddof=1, keepdims=True)) for part_BD in rows]
+    rows_BD, recon_BD = (
+        np.concatenate([(part_BD - mean) / std for part_BD, (mean, std) in zip(side, units, strict=True)], axis=1)
+        for side in (rows, recons)
+    )
+    return np.square(rows_BD - recon_BD).sum() / np.square(rows_BD - rows_BD.mean(axis=0)).sum()
+
+
+def test_a_crosscoder_with_layer_norm_is_exported_and_imported_as_it_was_trained(store, tmp_path):
+    run(store, tmp_path / "sae", normalise="layer_norm")
+    everything = {"batch_rows": 256 * 16, "rows": 256 * 16, "learning_rate": 1e-30, "normalise": "layer_norm"}
+    manifest = run(store, tmp_path / "on", start_from=str(tmp_path / "sae"), **everything)
+    source, saved = ActivationStore(store, TAPS), read_sae(str(tmp_path / "on"))
+    assert saved.cfg["normalize_activations"] == "layer_norm"
+    for name, tensor in read_sae(str(tmp_path / "sae")).tensors.items():
+        np.testing.assert_allclose(saved.tensors[name], tensor, rtol=1e-6, atol=1e-7, err_msg=name)
+    rows = [source.acts(tap, range(256)).reshape(-1, source.info.taps[tap]).astype(np.float64) for tap in TAPS]
+    raw_BD = np.concatenate(rows, axis=1, dtype=np.float32)
+    recon_BD = np.asarray(Sae(*from_saelens(saved.cfg, saved.tensors)).reconstruct(raw_BD), np.float64)
+    found = fvu_of_normalised(rows, np.split(recon_BD, [12], axis=1))
+    assert found == pytest.approx(manifest.contents["last_step"]["fvu"], rel=1e-4)
+    assert found < 0.6
+
+
+@pytest.mark.parametrize("normalise", ["mean_square", "layer_norm"])
+def test_the_feature_cache_encodes_all_taps_of_a_crosscoder(store, tmp_path, normalise):
+    run(store, tmp_path / "sae", normalise=normalise)
     cache.run(CacheConfig(store=store, sae=str(tmp_path / "sae"), out=str(tmp_path / "cache"), max_tokens=64 * 16))
     saved, source = read_sae(str(tmp_path / "sae")), ActivationStore(store, TAPS)
     rows_BD = np.concatenate([source.acts(tap, range(64)).reshape(-1, source.info.taps[tap]) for tap in TAPS], axis=1)
@@ -64,11 +91,14 @@ def test_the_feature_cache_encodes_all_taps_of_a_crosscoder(store, tmp_path):
         ({"taps": ("layer.0",)}, "train.taps = layer.0 is one tap"),
         ({"taps": ("layer.0", "nose")}, "has no tap 'nose'; it holds layer.0, layer.1"),
         ({"tap": "layer.0"}, "train.taps and train.tap or target_tap contradict each other"),
-        ({"normalise": "layer_norm"}, "which only an SAE of one tap sees"),
+        (
+            {"taps": (), "tap": "layer.0", "target_tap": "layer.1", "normalise": "layer_norm"},
+            "a reconstruction gets back the mean and spread of its own row, and a transcoder does not see the target's",
+        ),
         ({"skip": True}, "skip = true without a target"),
     ],
 )
-def test_what_a_crosscoder_cannot_be_is_refused(store, tmp_path, changes, message):
+def test_what_several_taps_cannot_be_is_refused(store, tmp_path, changes, message):
     with pytest.raises(InputError) as refusal:
         run(store, tmp_path / "sae", **changes)
     assert message in str(refusal.value)
