@@ -101,6 +101,15 @@ class Normaliser:
             return x_BD
         return jnp.concatenate([_shortened(part_BD, self.longest) for part_BD in _parts(x_BD, self.tap_widths)], axis=1)
 
+    def undo(self, y_BD: Float[Array, "B D"], raw_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        """Reconstructions in the units of training in those of the rows ``raw_BD`` that they are of, float32.
+
+        Clipping is not undone.
+        """
+        if self.per_row:
+            return layer_norm(raw_BD.astype(jnp.float32), self.tap_widths)[1].undo(y_BD)
+        return self.affine().inverted().apply(y_BD)
+
     def observe(self, x_BD: Float[Array, "B D"]) -> "Normaliser":
         """The normaliser after a batch of raw rows: the same, unless it tracks what it sees."""
         if self.decay is None:

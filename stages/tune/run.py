@@ -24,8 +24,9 @@ from saex_pipe.common.llm.splice import Taps, make_capture, resume_place
 from saex_pipe.common.metrics_log import progress
 from saex_pipe.common.preemption import graceful_stop
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.contract import Params, Variant
+from saex_pipe.common.sae.contract import Variant
 from saex_pipe.common.sae.folding import fold, unfold
+from saex_pipe.common.sae.inference import Sae
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.saelens import from_saelens, to_saelens
@@ -45,12 +46,12 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         batches = Batches(config, corpus)
         model = load_model(resources.fetch(config.model), dtype=config.compute_dtype)
         model.architecture.check_largest_id(corpus.info.tokenizer["largest_id"])
-        variant, params = _imported(config, saved)
-        variant = _with_penalty(variant, config, saved)
+        sae = _imported(config, saved)
+        variant = _with_penalty(sae.variant, config, saved)
         reader = Reader(model, saved, batches)
         _check_widths(reader.splice, saved, model)
-        normalisers = _normalisers(reader)
-        params = unfold(variant, params, normalisers)
+        normalisers = _normalisers(reader, row_norm=sae.row_norm)
+        params = unfold(variant, sae.params, normalisers)
         optimiser = adam(batches.steps)
         step_fn = _compiled(config, variant, reader.splice, normalisers, batches.steps)
         state = TuneState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
@@ -73,22 +74,25 @@ def run(config: Config, *, force: bool = False) -> Manifest:
                         saves.save(step + 1, (state, terms))
                     if not last:
                         stop.raise_if_requested()
-        tuned = fold(variant, state.params, normalisers)
-        write_sae(output.folder, _exported(config, saved, variant, tuned))
+        tuned = replace(sae, variant=variant, params=fold(variant, state.params, normalisers))
+        write_sae(output.folder, _exported(config, saved, tuned))
         values = {name: float(value) for name, value in jax.device_get(terms)._asdict().items()}
-        size = sum(array.nbytes for array in tuned.values())
+        size = sum(array.nbytes for array in tuned.params.values())
         return output.finish(
             contents={"variant": type(variant).__name__, "latents": variant.latents, "last_step": values},
             totals={"steps": batches.steps, "tokens": batches.steps * batches.tokens, "bytes": size},
         )
 
 
-def _imported(config: Config, saved: SavedSae) -> tuple[Variant, Params]:
-    variant, params, row_norm = from_saelens(saved.cfg, saved.tensors)
-    if row_norm or variant.tap_widths:
-        what = "normalises every row by itself" if row_norm else "is a crosscoder"
-        raise InputError(f"{config.sae} {what}, which tune does not do", "tune an SAE of one tap without layer_norm")
-    return variant, params
+def _imported(config: Config, saved: SavedSae) -> Sae:
+    sae = Sae(*from_saelens(saved.cfg, saved.tensors))
+    if sae.variant.tap_widths:
+        raise InputError(
+            f"{config.sae} is a crosscoder, and within one pass of the model its taps feed one another: there is no "
+            "one place to splice it in",
+            "tune an SAE of one tap",
+        )
+    return sae
 
 
 class Batches:
@@ -171,19 +175,23 @@ def _check_widths(splice: Splice, saved: SavedSae, model: LanguageModel) -> None
             )
 
 
-def _normalisers(reader: Reader) -> Normalisers:
-    """Rows of the first step to unit mean square: a learning rate then means what it meant in training."""
+def _normalisers(reader: Reader, *, row_norm: bool) -> Normalisers:
+    """Rows of the first step to unit mean square: a learning rate then means what it meant in training.
+
+    With ``row_norm`` every row is brought to its own units, which are those of training already.
+    """
     windows, found = reader.read(0)
 
-    def scale(tap: str) -> Normaliser:
+    def side(tap: str) -> Normaliser:
         acts_NLD = np.asarray(found[tap], np.float64)
         rows_BD = acts_NLD.reshape(-1, acts_NLD.shape[-1])[np.asarray(windows.rows_B)]
         mean_square = float(np.square(rows_BD).mean())
         if not mean_square > 0:
             raise InputError(f"every row of {tap} is zero", "tune an SAE of another tap")
-        return Normaliser(jnp.full(rows_BD.shape[1], mean_square**-0.5, jnp.float32))
+        scale = 1.0 if row_norm else mean_square**-0.5
+        return Normaliser(jnp.full(rows_BD.shape[1], scale, jnp.float32), per_row=row_norm)
 
-    return Normalisers(scale(reader.splice.tap), scale(reader.splice.target))
+    return Normalisers(side(reader.splice.tap), side(reader.splice.target))
 
 
 def _compiled(
@@ -213,9 +221,9 @@ def _shown(terms: TuneTerms, step: int) -> dict[str, float]:
     return {"step": step + 1, "loss": values.pop("total"), **values}
 
 
-def _exported(config: Config, saved: SavedSae, variant: Variant, params: Params) -> SavedSae:
+def _exported(config: Config, saved: SavedSae, sae: Sae) -> SavedSae:
     """In the files of a trained SAE, with what it was tuned for."""
     metadata: dict[str, Any] = saved.cfg["metadata"]
-    cfg, tensors = to_saelens(variant, params, metadata)
+    cfg, tensors = to_saelens(sae.variant, sae.params, metadata, row_norm=sae.row_norm)
     saex = {**saved.saex, "tuned": json.loads(json.dumps(config.result_fields()))}
     return SavedSae(cfg, tensors, saex)

@@ -10,6 +10,9 @@ https://arxiv.org/abs/2503.17272
 L_sae is the loss that the SAE was trained with, R the reconstruction in it, and O the objective per predicted token in
 nats, of the model with the SAE's reconstruction in the place of the activation: KL(model || spliced model), or the
 next-token cross-entropy. a brings O to the size of R, so that b alone weighs the two.
+
+Rows are those of the model as it is: nothing below the splice depends on the SAE. The mean and spread that layer_norm
+takes off a row and puts back on its reconstruction are therefore constants; no gradient goes through them.
 """
 
 from collections.abc import Callable, Mapping
@@ -82,10 +85,9 @@ def make_step(
 
     def spliced(model: LanguageModel, params: Params, windows: Windows, found: Mapping[str, Array]) -> Array:
         """The objective, in nats per predicted token."""
-        x_NLD, target_NLD = found[splice.tap], found[splice.target]
-        x_BD = normalisers.input.apply(x_NLD.reshape(-1, x_NLD.shape[-1]))
-        recon_BD = normalisers.target.affine().inverted().apply(variant.reconstruct(params, x_BD, compute))
-        new_NLD = recon_BD.reshape(target_NLD.shape)
+        x_BD, target_BD = (found[tap].reshape(-1, found[tap].shape[-1]) for tap in (splice.tap, splice.target))
+        recon_BD = variant.reconstruct(params, normalisers.input.apply(x_BD), compute)
+        new_NLD = normalisers.target.undo(recon_BD, target_BD).reshape(found[splice.target].shape)
         edits = {splice.target: lambda value_NLD, _: jnp.where(windows.keep_NL[..., None], new_NLD, value_NLD)}
         final = tap_names.FINAL_NORM
         resume = None if splice.base is None else (splice.base, found[splice.base])

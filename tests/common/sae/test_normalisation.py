@@ -181,9 +181,11 @@ def test_layer_norm_of_a_crosscoder_is_that_of_each_tap(name: str) -> None:
     expected_ND = (codes_NF @ of["w_dec_FD"] + of["b_dec_D"]) * std_ND + mean_ND
     sae = Sae(variant, fold(variant, params, Normalisers(side, side)), row_norm=True)
     np.testing.assert_allclose(sae.encode(raw_ND), codes_NF, rtol=1e-5, atol=1e-5)
-    for part in parts:
-        off_ND = np.abs(np.asarray(sae.reconstruct(raw_ND))[:, part] - expected_ND[:, part])
-        assert off_ND.max() < 2e-6 * np.abs(expected_ND[:, part]).max()
+    undone_ND = side.undo(variant.reconstruct(params, side.apply(raw_ND)), raw_ND)
+    for recon_ND in (np.asarray(sae.reconstruct(raw_ND)), np.asarray(undone_ND)):
+        for part in parts:
+            off_ND = np.abs(recon_ND[:, part] - expected_ND[:, part])
+            assert off_ND.max() < 2e-6 * np.abs(expected_ND[:, part]).max()
 
 
 def test_layer_norm_of_a_transcoder_is_refused() -> None:
