@@ -203,6 +203,11 @@ class TrancheOrder(RowOrder):
             self._starts.append(self._starts[-1] + self.epoch_rows(len(self._starts) - 1))
         return bisect_right(self._starts, position) - 1
 
+    def tranche_around(self, position: int) -> range:
+        """All positions of the tranche that holds ``position``."""
+        tranche = self.tranche_at(position)
+        return range(self._starts[tranche], self._starts[tranche + 1])
+
     def _epochs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         for tranche in range(self.tranche_at(start), self.tranche_at(stop - 1) + 1):
             yield tranche, self._starts[tranche], self._starts[tranche + 1] - self._starts[tranche]

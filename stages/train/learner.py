@@ -26,7 +26,7 @@ from saex_pipe.common.sae.variants import build, variant_class
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
 from saex_pipe.stages.train.imported import imported
-from saex_pipe.stages.train.resampling import make_resampling
+from saex_pipe.stages.train.resampling import make_resampling, steps_drawn_from
 from saex_pipe.stages.train.rows import Reader, Rows, Sides, joined
 from saex_pipe.stages.train.start_settings import StartSettings
 from saex_pipe.stages.train.units import Units, units_of
@@ -131,9 +131,8 @@ class Learner:
         return self._step.lower(self._variant, self._rate, state, *rows)
 
     def resample(self, step: int, reader: Reader) -> None:
-        """Let dead latents start again before ``step``, from the rows that come with it and after."""
-        shared = self.configs[0]
-        steps = range(step, step + math.ceil(shared.resample_from_rows / shared.batch_rows))
+        """Let dead latents start again before ``step``, from the rows of ``steps_drawn_from``."""
+        steps = steps_drawn_from(self.configs[0], reader, step)
         batches = (self._placed(reader.batch(number, self.devices.rows)) for number in steps)
         assert self._state is not None
         self._state = self._resampling(self._variant, self._state, step, batches)

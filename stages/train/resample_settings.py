@@ -12,4 +12,6 @@ class ResampleSettings(StageConfig):
     resample_until_rows: int | None = setting(
         None, unit="rows", meaning="and not after so many; unset: half of all rows", ge=1
     )
-    resample_from_rows: int = setting(819_200, unit="rows", meaning="inputs that those are drawn from", ge=1)
+    resample_from_rows: int = setting(
+        819_200, unit="rows", meaning="inputs that those are drawn from; with follow no more than a tranche holds", ge=1
+    )

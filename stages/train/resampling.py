@@ -1,5 +1,6 @@
 """Resampling of dead latents in a training run."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,9 +14,27 @@ from saex_pipe.common.sae.resample import Drawn, draw, nothing_drawn, revive
 from saex_pipe.common.sae.train_step import TrainState
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
+from saex_pipe.stages.train.rows import Reader, tranche_order
 
 # Of one SAE or a stack, with its state before a step, from batches of raw input and target: the state after it.
 Resampling = Callable[[Variant, TrainState, int, Iterable[tuple[Any, Any]]], TrainState]
+
+
+def steps_drawn_from(config: Config, reader: Reader, step: int) -> range:
+    """The steps whose batches dead latents are drawn from before ``step``: that one and those after it.
+
+    Of a followed store only batches that lie whole in the tranche where ``step`` begins, those just before ``step`` as
+    well where too few are left: the tranche before may be freed, and the next one's writer may wait for room until this
+    one is learnt from. Where it holds no whole batch, that of ``step``, which is to be read in any case.
+    """
+    count = math.ceil(config.resample_from_rows / config.batch_rows)
+    order = tranche_order(reader)
+    if order is None:
+        return range(step, step + count)
+    tranche = order.tranche_around(step * config.batch_rows)
+    first, stop = -(-tranche.start // config.batch_rows), tranche.stop // config.batch_rows
+    start = max(first, min(step, stop - count))
+    return range(start, min(start + count, stop)) or range(step, step + 1)
 
 
 def make_resampling(

@@ -44,11 +44,6 @@ def open_rows(config: Config, stop: StopRequest) -> tuple[Rows, Sides]:
     if config.follow:
         if config.other_stores:
             raise InputError("train.follow and train.other_stores contradict each other", "mix finished stores")
-        if config.resample_every_rows:
-            raise InputError(
-                "train.resample_every_rows reads ahead, and with train.follow those rows may not be there yet",
-                "unset one of the two",
-            )
         followed = FollowedStore(config.store, lambda store: _tranche_shards(config, store), stop.raise_if_requested)
         return followed, _sides(config, followed)
     store = ActivationStore(config.store)
@@ -65,6 +60,12 @@ def make_reader(config: Config, store: Rows, taps: tuple[str, ...]) -> Reader:
     if isinstance(store, MixedStores):
         return MixedReader(store, taps, **settings)
     return RowReader(store, taps, **settings)
+
+
+def tranche_order(reader: Reader) -> TrancheOrder | None:
+    """The order in which a followed store is read; None where the rows are of finished ones."""
+    order = reader.order if isinstance(reader, RowReader) else None
+    return order if isinstance(order, TrancheOrder) else None
 
 
 def pool_bytes(config: Config, store: Rows, taps: Sequence[str]) -> int:
@@ -139,8 +140,8 @@ class Returns:
 
     def __init__(self, config: Config, store: Rows, reader: Reader, digest: str) -> None:
         self._batch_rows, self._store, self._reader = config.batch_rows, store, digest[:16]
-        order = reader.order if isinstance(reader, RowReader) else None
-        self._order = order if isinstance(order, TrancheOrder) and frees_shards(Folder(store.uri)) else None
+        order = tranche_order(reader)
+        self._order = order if order is not None and frees_shards(Folder(store.uri)) else None
         self._returned = 0  # the first tranche that was not given back
         if self._order is not None:
             self.release(0)  # from now on the others wait for this reader, too

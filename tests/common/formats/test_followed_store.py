@@ -66,6 +66,37 @@ def test_any_step_is_found_without_the_ones_before_it(tmp_path):
     np.testing.assert_array_equal(read(follow(store.uri), 12)[9], read(follow(store.uri), 1, first=9)[0])
 
 
+def test_a_tranche_is_found_by_any_position_of_it(tmp_path):
+    store = whole_store(tmp_path)
+    sizes = [len(store.kept_ids(*shards)) for shards in [(0, 1), (2, 3), (4, 5), (0, 1)]]
+    order = follow(store.uri).row_order(3, 100, 8)
+    for size, stop in zip(sizes, np.cumsum(sizes).tolist(), strict=True):
+        assert order.tranche_around(stop - size) == order.tranche_around(stop - 1) == range(stop - size, stop)
+
+
+@pytest.mark.parametrize("pool_bytes", [1 << 16, 2000])
+def test_reading_back_and_forth_in_a_tranche_needs_no_other(tmp_path, monkeypatch, pool_bytes):
+    """As resampling does: the tranche before is freed, and the next one is there only for the last of the reads."""
+    finished = whole_store(tmp_path / "finished")
+    expected = read(follow(finished.uri), 2 * len(finished.kept_ids()) // BATCH, pool_bytes)
+    store = SmallStore(tmp_path / "growing").start().write(0, 1, 2, 3)
+    release_shards(store.folder, store.info, "one", 2)
+
+    def end(self, ready):
+        assert ready()
+
+    monkeypatch.setattr(FollowedStore, "_wait_for", end)
+    with RowReader(follow(store.uri), ("a",), seed=3, batch_rows=BATCH, pool_bytes=pool_bytes) as reader:
+        tranche = reader.order.tranche_around(len(store.kept_ids(0, 1)))
+        steps = range(-(-tranche.start // BATCH), tranche.stop // BATCH)
+        for turn in range(2):
+            for step in [*steps, *reversed(steps), *steps[::2], steps[-1], steps[0]]:
+                np.testing.assert_array_equal(reader.batch(step)["a"][:, 0].astype(int), expected[step])
+            if turn == 0:
+                store.write(4, 5)
+        np.testing.assert_array_equal(reader.batch(steps.stop)["a"][:, 0].astype(int), expected[steps.stop])
+
+
 def test_statistics_are_of_the_first_tranche_however_much_there_is(tmp_path):
     store = SmallStore(tmp_path).start().write(0, 1)
     early = follow(store.uri).statistics("a")

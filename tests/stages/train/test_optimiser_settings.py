@@ -128,7 +128,6 @@ def test_the_penalty_rises_as_the_variant_is_published_with_unless_it_is_set(sto
     ("changes", "message"),
     [
         ({"micro_batches": 3}, "train.batch_rows = 128 does not divide into train.micro_batches = 3"),
-        ({"follow": True, "resample_every_rows": 128}, "train.resample_every_rows reads ahead"),
         ({"optimiser": "adamw"}, "train.optimiser = 'adamw'"),
         ({"clip_norm": 0.0}, "train.clip_norm = 0.0"),
     ],
