@@ -20,16 +20,21 @@ import numpy as np
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
+from saex_pipe.common.errors import SaexError
 from saex_pipe.common.formats.folder import Folder
 
 _STATE = "state/"
+_FILE = re.compile(r"state/(\d+)/.+")
 _PART = re.compile(r"state/(\d+)/parts/(\d+)-of-(\d+)")
 _DATABASES = "ocdbt.process_*"  # Orbax' name of what one process has saved of the arrays
-_REQUESTS = 8  # at once, each of which holds a file
+_REQUESTS = 4  # at once, each of which holds a file, of up to 2 GiB, and a copy of it
 
 
 class BucketCheckpoints:
-    """The checkpoints in ``state/`` of ``folder``, of which the latest ``kept`` stay; ``place`` is on a local disk."""
+    """The checkpoints in ``state/`` of ``folder``, of which the latest ``kept`` stay; ``place`` is on a local disk.
+
+    All processes must open it together. What is not whole then goes.
+    """
 
     def __init__(self, folder: Folder, place: Path, kept: int) -> None:
         self._folder = Folder(folder.uri)  # that of a process which writes no results may refuse to write
@@ -37,33 +42,57 @@ class BucketCheckpoints:
         self._process, self._processes = jax.process_index(), jax.process_count()
         self._uploads = ThreadPoolExecutor(1)
         self._upload: Future[None] | None = None
+        self.steps = self._agreed(self._whole()[-kept:] if self._process == 0 else [])  # there from the start
+        if self._process == 0:
+            for step in self._all() - set(self.steps):
+                self._delete(step)
 
     def upload(self, step: int, finish: Callable[[], None]) -> None:
-        """Start to keep what is at ``place`` of ``step``, once ``finish`` has returned; earlier ones go when it is."""
+        """Start to upload ``step`` from ``place`` once ``finish`` has returned; then earlier ones are deleted."""
         self.wait()
         self._upload = self._uploads.submit(self._keep, step, finish)
 
     def wait(self) -> None:
-        """Return once what was begun is kept."""
+        """Return once what this process began to upload is there."""
         if self._upload is not None:
             self._upload.result()
 
-    def download(self) -> None:
-        """Fetch the latest checkpoints that are whole; what is not whole goes. All processes must call it."""
-        steps = self._whole()[-self._kept :]
-        if self._processes > 1:  # of what the first one sees: another might look when it has tidied up already
-            padded = np.array([-1] * (self._kept - len(steps)) + steps, np.int64)
-            steps = [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
-        if self._process == 0:
-            for step in self._all() - set(steps):
-                self._delete(step)
-        for step in steps:
-            self._fetch(step)
+    def download(self, step: int) -> None:
+        """Fetch a checkpoint to ``place``.
 
-    def forget(self, step: int) -> None:
-        """Delete ``step``, which training is about to go through again."""
+        Raises:
+            SaexError: the bucket has lost a part of it.
+        """
+        parts = self._folder.read_many(self._folder.list(f"{_at(step)}parts/"))
+        names = [name for data in parts.values() for name in json.loads(data)]
+
+        def fetch(name: str) -> None:
+            data = self._folder.read(name)
+            if data is None:
+                where = f"{self._folder.uri}/{_at(step)}"
+                raise SaexError(f"{self._folder.uri}/{name} is gone; delete {where} to go on from the save before")
+            path = self._place / str(step) / name.removeprefix(_at(step))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+        with ThreadPoolExecutor(_REQUESTS) as requests:
+            list(requests.map(fetch, names))
+        for place in {path.parent for path in (self._place / str(step)).rglob(_DATABASES)}:
+            _join(place)
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints after ``step``, which training is about to go through again."""
         if self._process == 0:
-            self._delete(step)
+            for later in (found for found in self._all() if found > step):
+                self._delete(later)
+        self.steps = [found for found in self.steps if found <= step]
+
+    def _agreed(self, steps: list[int]) -> list[int]:
+        """What the first process sees, on all of them."""
+        if self._processes == 1:
+            return steps
+        padded = np.array([-1] * (self._kept - len(steps)) + steps, np.int32)
+        return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
 
     def _keep(self, step: int, finish: Callable[[], None]) -> None:
         finish()
@@ -76,23 +105,8 @@ class BucketCheckpoints:
             list(requests.map(lambda name, path: self._folder.write(name, path.read_bytes()), names, files))
         part = f"{_at(step)}parts/{self._process}-of-{self._processes}"
         self._folder.write(part, json.dumps(names).encode())
-        if self._process == 0:
-            for old in self._whole()[: -self._kept]:
-                self._delete(old)
-
-    def _fetch(self, step: int) -> None:
-        parts = self._folder.read_many(self._folder.list(f"{_at(step)}parts/"))
-        names = [name for data in parts.values() for name in json.loads(data)]
-
-        def fetch(name: str) -> None:
-            path = self._place / str(step) / name.removeprefix(_at(step))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self._folder.read(name) or b"")
-
-        with ThreadPoolExecutor(_REQUESTS) as requests:
-            list(requests.map(fetch, names))
-        for place in {path.parent for path in (self._place / str(step)).rglob(_DATABASES)}:
-            _join(place)
+        for old in self._whole()[: -self._kept]:  # by whoever is the last to write its part
+            self._delete(old)
 
     def _whole(self) -> list[int]:
         """Steps of which all parts are there, ascending."""
@@ -105,7 +119,7 @@ class BucketCheckpoints:
 
     def _all(self) -> set[int]:
         """Steps of which anything is there."""
-        return {int(name.split("/")[1]) for name in self._folder.list(_STATE)}
+        return {int(file[1]) for name in self._folder.list(_STATE) if (file := _FILE.fullmatch(name))}
 
     def _delete(self, step: int) -> None:
         self._folder.delete(f"{_at(step)}parts/")  # first: what is half gone must not count as whole

@@ -5,7 +5,7 @@
 ``state/STEP``                             Orbax: parameters, optimiser, dead-latent counters, step; resumes bit for bit
 """
 
-import hashlib
+import itertools
 import json
 import logging
 import re
@@ -24,6 +24,7 @@ from saex_pipe.common.formats.bucket_checkpoints import BucketCheckpoints
 from saex_pipe.common.formats.folder import Folder, explain_storage_error
 
 KEPT = 2  # checkpoints
+_OPENED = itertools.count()
 SAE_FILES = ("cfg.json", "sae_weights.safetensors", "saex.json")
 
 
@@ -106,59 +107,68 @@ class TrainingState:
         local = folder.local_path()
         self._scratch = tempfile.TemporaryDirectory() if local is None else None
         path = Path(self._scratch.name) if self._scratch is not None else Path(f"{local}/state")
-        self._bucket = None if local is not None else BucketCheckpoints(folder, path, KEPT)
-        if self._bucket is not None:
-            self._bucket.download()
-        # The processes meet under a name for each save, of which several SAEs trained together have some at a time.
-        processes = ocp.options.MultiprocessingOptions(
-            primary_host=0 if self._bucket is None else None,
-            barrier_sync_key_prefix=hashlib.sha256(folder.uri.encode()).hexdigest()[:16],
-        )
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT,
-            create=self._bucket is None,
-            enable_async_checkpointing=True,
-            multiprocessing_options=processes,
-        )
-        handler = (
-            ocp.PyTreeCheckpointHandler(multiprocessing_options=processes)
-            if self._bucket is None
-            else _handler_for_own_disks(processes)
-        )
         self._uri = f"{folder.uri}/state"
         with self._explained("opened"):
+            self._bucket = None if local is not None else BucketCheckpoints(folder, path, KEPT)
+            # Saves of several SAEs overlap, so each needs names of its own for where the processes meet: the same on
+            # all, which open their folders in the same order.
+            processes = ocp.options.MultiprocessingOptions(
+                primary_host=0 if self._bucket is None else None, barrier_sync_key_prefix=f"state{next(_OPENED)}"
+            )
+            # In the background a process takes the folders that another has made for its own.
+            background = ocp.AsyncOptions(create_directories_asynchronously=self._bucket is None)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=KEPT,
+                create=self._bucket is None,
+                enable_async_checkpointing=True,
+                async_options=background,
+                multiprocessing_options=processes,
+            )
+            handler = _handler(processes, own_disks=self._bucket is not None)
             self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handler)
 
     def save(self, step: int, tree: Any) -> None:
         """Start saving ``tree`` (arrays) as the state after ``step`` steps; earlier saves are finished first."""
         with self._explained("written"):
-            self._manager.save(step, args=self._orbax.args.PyTreeSave(tree))
-        if self._bucket is not None:
-            self._bucket.upload(step, self._manager.wait_until_finished)
+            begun = self._manager.save(step, args=self._orbax.args.PyTreeSave(tree))
+            assert begun, f"{self._uri}: {step} is not beyond {self.steps()}"
+            if self._bucket is not None:
+                self._bucket.upload(step, self._manager.wait_until_finished)
 
     def wait(self) -> None:
         """Return once the saves under way are durable."""
         with self._explained("written"):
             self._manager.wait_until_finished()
-        if self._bucket is not None:
-            self._bucket.wait()
+            if self._bucket is not None:
+                self._bucket.wait()
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are or are being written, ascending, after 0, which needs none."""
-        return [0, *sorted(self._manager.all_steps())]
+        in_bucket = self._bucket.steps if self._bucket is not None else []
+        return [0, *sorted({*self._manager.all_steps(), *in_bucket})]
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints after ``step``: training goes through those steps again."""
+        with self._explained("deleted"):
+            for later in sorted(self._manager.all_steps()):
+                if later > step:
+                    self._manager.delete(later)
+            if self._bucket is not None:
+                self._bucket.forget_after(step)
 
     def restore(self, step: int, like: Any) -> Any:
         """The tree that was saved as the state after ``step`` steps, with the shapes and shardings of ``like``.
-
-        Later checkpoints are deleted: training goes through those steps again.
 
         Raises:
             InputError: its leaves have other names than those of ``like``.
         """
         with self._explained("read"):
+            if self._bucket is not None and step not in self._manager.all_steps():
+                self._bucket.download(step)
+                self._manager.reload()
             wanted = self._orbax.checkpoint_utils.construct_restore_args(like)
             try:
-                found = self._manager.restore(step, args=self._orbax.args.PyTreeRestore(like, restore_args=wanted))
+                return self._manager.restore(step, args=self._orbax.args.PyTreeRestore(like, restore_args=wanted))
             except ValueError as error:
                 # Each leaf that one side lacks is a paragraph that begins with its place, and that ends in its name.
                 names = re.findall(
@@ -171,11 +181,6 @@ class TrainingState:
                     f"{', '.join(sorted(set(names)))}",
                     f"go on with that version, or delete {self._uri} to train from the start",
                 ) from None
-            for later in (other for other in self.steps() if other > step):
-                self._manager.delete(later)
-                if self._bucket is not None:
-                    self._bucket.forget(later)
-            return found
 
     def __enter__(self) -> "TrainingState":
         return self
@@ -196,19 +201,22 @@ class TrainingState:
             explain_storage_error(error, self._uri, action)
 
 
-def _handler_for_own_disks(processes: Any) -> Any:
-    """What saves arrays where each process has a disk of its own: every part of an array once, by one that has it.
+def _handler(processes: Any, *, own_disks: bool) -> Any:
+    """What saves and reads arrays.
 
-    Nobody's files then hold all arrays, so that Orbax must not look for them there.
+    Where each process has a disk of its own, it writes its shards there; of those that several have, one does. No disk
+    then holds all arrays of several processes, so that Orbax must not look for them there.
     """
     import orbax.checkpoint as ocp
 
+    if not own_disks:
+        return ocp.PyTreeCheckpointHandler(multiprocessing_options=processes)
     arrays = ocp.type_handlers.ArrayHandler(primary_host=None)
     return ocp.PyTreeCheckpointHandler(
         multiprocessing_options=processes,
         handler_impl=ocp.BasePyTreeCheckpointHandler(
             multiprocessing_options=processes,
             type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
-            enable_post_merge_validation=False,
+            enable_post_merge_validation=jax.process_count() == 1,
         ),
     )

@@ -15,7 +15,7 @@ from saex_pipe.common.peak import peak_flops
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.density import density, is_moment
 from saex_pipe.stages.train.learner import Learner
-from saex_pipe.stages.train.processes import is_first
+from saex_pipe.stages.train.processes import is_first, wait_for_all
 
 _SHOWN = ("loss", "l0", "fvu", "dead_fraction")  # beside the bar
 
@@ -108,10 +108,11 @@ class Crew:
                     member.saves.save(step, learner.state(number))
 
     def wait(self) -> None:
-        """Return once what is being saved is durable."""
+        """Return once what is being saved is durable: the parts of every process."""
         for _, members in self._learners:
             for member in members:
                 member.saves.wait()
+        wait_for_all()
 
 
 def _divergence(member: Member, terms: Mapping[str, float], step: int) -> str:

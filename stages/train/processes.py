@@ -47,6 +47,12 @@ def agreed_to_stop(stop: StopRequest, *, may_ask: bool) -> bool:
     return stop.requested
 
 
+def wait_for_all() -> None:
+    """Return once every process of the run has got here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("train: all are here")
+
+
 @contextmanager
 def output_of_all(config: Config, *, force: bool) -> Iterator[StageOutput]:
     """``stage_output`` of the first process; the others get one that writes nothing."""

@@ -111,6 +111,8 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
     shared = cohort.members[0].config
     store, sides = open_rows(shared, stop)
     learners = list(_learners(cohort, store, sides))
+    for member in cohort.members:
+        member.saves.forget_after(cohort.start)
     crew = Crew(learners, cohort.start)
     reader = make_reader(shared, store, sides.taps)
     given_back = Returns(shared, store, reader, cohort.members[0].output.digest)

@@ -115,7 +115,7 @@ def test_two_processes_train_one_sae_together(store, tmp_path, on_one, use):
 def test_processes_that_share_nothing_but_a_bucket_go_on_from_there(store, stores, kind, on_one, use):
     """Killed in the last save, of which one of the two had written its part: from the save before, bit for bit.
 
-    And one process goes on from what the two have saved.
+    And one process goes on from what the two have saved, and two from what the one has.
     """
     folder = Folder(fresh(stores[kind]))
     settings = SETTINGS | {"store": store, "out": folder.uri, "model_parallel": 4, "checkpoint_every_steps": 3}
@@ -142,6 +142,11 @@ def test_processes_that_share_nothing_but_a_bucket_go_on_from_there(store, store
     assert manifest.timings["resumed"] == 1
     assert folder.list("state/000000000008/parts/") == ["state/000000000008/parts/0-of-1"]
     assert_alike(folder.uri, on_one)
+    weights = folder.read("sae_weights.safetensors")
+    folder.delete("manifest.json")
+    folder.delete("sae_weights.safetensors")
+    run_processes(settings)
+    assert folder.read("sae_weights.safetensors") == weights
 
 
 def test_processes_save_several_saes_at_a_time(store, tmp_path, on_one):
