@@ -42,9 +42,10 @@ def agreed_to_stop(stop: StopRequest, *, may_ask: bool) -> bool:
         return stop.requested
     if not may_ask:
         return False
-    signals = multihost_utils.process_allgather(np.int32(stop.signal or 0))
-    stop.signal = int(signals.max()) or None
-    return stop.requested
+    agreed = int(multihost_utils.process_allgather(np.int32(stop.signal or 0)).max())
+    if agreed:  # else one may have arrived meanwhile, which the others hear of the next time
+        stop.signal = agreed
+    return agreed > 0
 
 
 def wait_for_all() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from object_stores import fresh
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.checkpoint import read_sae
 from saex_pipe.common.formats.folder import Folder
+from saex_pipe.common.preemption import StopRequest
 from saex_pipe.stages.toy import run as toy
 from saex_pipe.stages.toy.config import Config as ToyConfig
-from saex_pipe.stages.train import devices
+from saex_pipe.stages.train import devices, processes
 from saex_pipe.stages.train import run as train
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.devices import Devices
@@ -158,6 +160,23 @@ def test_processes_save_several_saes_at_a_time(store, tmp_path, on_one):
     assert [report["steps"] for report in reports] == [[8, 8, 8]] * 2
     for out in outs:
         assert_alike(out, on_one)
+
+
+def test_a_signal_that_arrives_while_processes_agree_is_not_lost(monkeypatch):
+    """Where training waits for its steps, which is where it spends most of its time."""
+    stop = StopRequest()
+
+    def gathered(value):
+        stop.signal = signal.SIGTERM
+        return np.array([0, value])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
+    assert [processes.agreed_to_stop(stop, may_ask=ask) for ask in (True, False, True)] == [False, False, True]
+    stop.signal = None
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda value: np.array([signal.SIGTERM, value]))
+    assert processes.agreed_to_stop(stop, may_ask=True)
+    assert stop.signal == signal.SIGTERM, "one's signal is that of all"
 
 
 def run_processes(*settings):
