@@ -31,12 +31,12 @@ def fork_command(arguments: list[str], output: Path, before: str = "") -> multip
     return process
 
 
-def run_processes(script: str, count: int, folder: Path) -> list[dict]:
-    """``script PORT COUNT FOLDER NUMBER`` in ``count`` processes; the JSON object that each prints last."""
+def run_processes(script: str, count: int, what: Path | str) -> list[dict]:
+    """``script PORT COUNT WHAT NUMBER`` in ``count`` processes; the JSON object that each prints last."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, script, str(port), str(count), str(folder)]
+    command = [sys.executable, script, str(port), str(count), str(what)]
     running = [
         subprocess.Popen([*command, str(process)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for process in range(count)

@@ -6,7 +6,7 @@ import sys
 import jax
 
 
-def main(port: str, processes: str, process: str, settings: str) -> None:
+def main(port: str, processes: str, settings: str, process: str) -> None:
     """Train on four devices of each process with ``settings``, a JSON list of them, one for each SAE."""
     jax.config.update("jax_num_cpu_devices", 4)
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=int(processes), process_id=int(process))

@@ -4,8 +4,8 @@
 ``state/STEP/parts/P-of-N``    written last by process P of N: the names of its files. With all N it is whole
 
 Each process saves its own share of the arrays to a disk of its own, as a database; joined, the databases are the
-checkpoint, for any number of processes. So nothing but the bucket needs to be shared, and no object grows with the
-number of devices: S3 takes 5 GB at a time.
+checkpoint, for any number of processes. So nothing but the bucket needs to be shared, and no object holds a whole
+state, which S3 would refuse beyond 5 GB.
 """
 
 import json

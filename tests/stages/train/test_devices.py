@@ -3,15 +3,13 @@
 import json
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import train_in_processes
 from object_stores import fresh
+from processes import run_processes
 
 from saex_pipe.common.errors import InputError
 from saex_pipe.common.formats.checkpoint import read_sae
@@ -96,7 +94,7 @@ def test_two_processes_train_one_sae_together(store, tmp_path, on_one, use):
     """Each reads its part of every batch; the first one writes; one process goes on where the two were."""
     out = tmp_path / "sae"
     settings = SETTINGS | {"store": store, "out": str(out), "model_parallel": 4, "checkpoint_every_steps": 4}
-    reports = run_processes(settings)
+    reports = trained_by_two(settings)
     assert [report["rows"] for report in reports] == [[[0, 32]], [[32, 64]]]
     assert [(report["steps"], report["devices"]) for report in reports] == [([8], 8)] * 2
     assert_alike(out, on_one)
@@ -121,7 +119,7 @@ def test_processes_that_share_nothing_but_a_bucket_go_on_from_there(store, store
     """
     folder = Folder(fresh(stores[kind]))
     settings = SETTINGS | {"store": store, "out": folder.uri, "model_parallel": 4, "checkpoint_every_steps": 3}
-    run_processes(settings)
+    trained_by_two(settings)
     saved = {name.split("/")[1] for name in folder.list("state/")}
     assert saved == {"000000000006", "000000000008"}
     arrays = [name for name in folder.list("state/000000000006/") if "/d/" in name and "ocdbt.process_" in name]
@@ -135,7 +133,7 @@ def test_processes_that_share_nothing_but_a_bucket_go_on_from_there(store, store
         folder.delete("state/000000000008/parts/1")
 
     kill_in_the_last_save()
-    assert [report["steps"] for report in run_processes(settings)] == [[8], [8]]
+    assert [report["steps"] for report in trained_by_two(settings)] == [[8], [8]]
     assert json.loads(folder.read("manifest.json"))["timings"]["resumed"] == 1
     assert folder.read("sae_weights.safetensors") == weights
     kill_in_the_last_save()
@@ -147,14 +145,14 @@ def test_processes_that_share_nothing_but_a_bucket_go_on_from_there(store, store
     weights = folder.read("sae_weights.safetensors")
     folder.delete("manifest.json")
     folder.delete("sae_weights.safetensors")
-    run_processes(settings)
+    trained_by_two(settings)
     assert folder.read("sae_weights.safetensors") == weights
 
 
 def test_processes_save_several_saes_at_a_time(store, tmp_path, on_one):
     """In every step, so that saves under way overlap: none takes another's meeting for its own."""
     outs = [tmp_path / name for name in "abc"]
-    reports = run_processes(
+    reports = trained_by_two(
         *(SETTINGS | {"store": store, "out": str(out), "checkpoint_every_steps": 1} for out in outs)
     )
     assert [report["steps"] for report in reports] == [[8, 8, 8]] * 2
@@ -179,25 +177,9 @@ def test_a_signal_that_arrives_while_processes_agree_is_not_lost(monkeypatch):
     assert stop.signal == signal.SIGTERM, "one's signal is that of all"
 
 
-def run_processes(*settings):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, train_in_processes.__file__, str(port), "2"]
-    running = [
-        subprocess.Popen(
-            [*command, str(process), json.dumps(settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for process in range(2)
-    ]
-    try:
-        ended = [process.communicate(timeout=600) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, (_, complaint) in zip(running, ended, strict=True):
-        assert process.returncode == 0, complaint[-2000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in ended]
+def trained_by_two(*settings):
+    """What two processes report that train the SAEs of ``settings`` together."""
+    return run_processes(train_in_processes.__file__, 2, json.dumps(settings))
 
 
 @pytest.mark.parametrize(
