@@ -162,6 +162,9 @@ class Tranches(Protocol):
     def is_ready(self, tranche: int) -> bool:
         """Whether the tranche can be read."""
 
+    def would_wait(self, tranche: int) -> bool:
+        """Whether ``chunks_of`` would wait; not where it would raise, as the tranche is gone for good."""
+
     def chunks_of(self, tranche: int) -> tuple[int, Int[np.ndarray, " chunks"]]:
         """The first chunk of a tranche and the kept rows of each of its chunks; waits until it is ready.
 
@@ -197,20 +200,39 @@ class TrancheOrder(RowOrder):
         """Rows that the largest pool may have."""
         return self.pool_rows
 
+    def knows(self, position: int) -> bool:
+        """Whether the tranche that holds ``position`` was ready when it was last looked for."""
+        return position < self._starts[-1]
+
+    def would_wait(self, position: int) -> bool:
+        """Whether reading up to ``position`` would wait for a tranche."""
+        while not self.knows(position):
+            if self._tranches.would_wait(len(self._starts) - 1):
+                return True
+            self._add_tranche()
+        return False
+
     def tranche_at(self, position: int) -> int:
-        """The tranche that holds ``position``."""
-        while self._starts[-1] <= position:
-            self._starts.append(self._starts[-1] + self.epoch_rows(len(self._starts) - 1))
+        """The tranche that holds ``position``; that which follows the known ones need not be ready."""
+        while self._starts[-1] < position:
+            self._add_tranche()
         return bisect_right(self._starts, position) - 1
 
     def tranche_around(self, position: int) -> range:
         """All positions of the tranche that holds ``position``."""
+        while not self.knows(position):
+            self._add_tranche()
         tranche = self.tranche_at(position)
         return range(self._starts[tranche], self._starts[tranche + 1])
 
+    def _add_tranche(self) -> None:
+        self._starts.append(self._starts[-1] + self.epoch_rows(len(self._starts) - 1))
+
     def _epochs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        for tranche in range(self.tranche_at(start), self.tranche_at(stop - 1) + 1):
-            yield tranche, self._starts[tranche], self._starts[tranche + 1] - self._starts[tranche]
+        while start < stop:
+            around = self.tranche_around(start)
+            yield self.tranche_at(start), around.start, len(around)
+            start = around.stop
 
 
 @lru_cache(maxsize=2)

@@ -35,7 +35,7 @@ class FollowedStore(ChunkReads):
     """A store of which the finished shards are read, in the order of their numbers.
 
     So many shards are waited for and mixed together as ``tranche_shards`` says, given the store. ``check_stop`` is
-    called while shards are waited for, and may raise.
+    called while shards are waited for, and may raise; ``would_wait`` tells ahead, for who has something to save first.
     """
 
     def __init__(
@@ -89,18 +89,23 @@ class FollowedStore(ChunkReads):
         now = time.monotonic()
         if now - self._looked.get(shards.start, -_POLL_SECONDS) < _POLL_SECONDS:
             return False
-        again = tranche >= self._tranches and freed_below(self._folder) > 0
-        if again or any(shard not in self._entries and not self._load_entry(shard) for shard in shards):
+        if self._is_gone(tranche) or any(
+            shard not in self._entries and not self._load_entry(shard) for shard in shards
+        ):
             self._looked[shards.start] = now
             return False
         self._looked.pop(shards.start, None)
         return True
 
+    def would_wait(self, tranche: int) -> bool:
+        """Whether ``chunks_of`` would wait; not where it would raise, as shards of the tranche were freed."""
+        return tranche not in self._ready and not self.is_ready(tranche) and not self._is_gone(tranche)
+
     def chunks_of(self, tranche: int) -> tuple[int, Int[np.ndarray, " chunks"]]:
         """The first chunk of a tranche and the training rows of each of its chunks; waits until it is finished."""
         shards = self._shards_of(tranche)
         if tranche not in self._ready:
-            if tranche >= self._tranches and freed_below(self._folder) > 0:
+            if self._is_gone(tranche):
                 raise self._freed(shards.start)
             if not self.is_ready(tranche):
                 self._wait_for(lambda: self.is_ready(tranche))
@@ -111,6 +116,10 @@ class FollowedStore(ChunkReads):
     def first_shard(self, tranche: int) -> int:
         """Of the tranche; after the last tranche comes the first again."""
         return self._shards_of(tranche).start
+
+    def _is_gone(self, tranche: int) -> bool:
+        """Whether it comes after the last one, for which shards are needed again that were freed."""
+        return tranche >= self._tranches and freed_below(self._folder) > 0
 
     def _shards_of(self, tranche: int) -> range:
         start = tranche % self._tranches * self._tranche_shards

@@ -100,7 +100,12 @@ class Crew:
             log.event(**values)
 
     def save(self, step: int) -> None:
-        """Save every SAE as it is after ``step`` steps. What was begun before is durable first, so that all have it."""
+        """Save every SAE as it is after ``step`` steps, but for those that have diverged by then.
+
+        What was begun before is durable first, so that all have it.
+        """
+        if self._looked < step:
+            self.look(step - 1)
         self.wait()
         for learner, members in self._learners:
             for number, member in enumerate(members):

@@ -4,7 +4,8 @@ All must do the same in the same order wherever devices exchange data, saving in
 whether the output is to be had and whether to stop, is told to all first.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,8 @@ from saex_pipe.common.metrics_log import MetricsLog
 from saex_pipe.common.preemption import StopRequest
 from saex_pipe.common.worker import read_share
 from saex_pipe.stages.train.config import Config
+
+POLL_SECONDS = 1.0  # between looks for what is waited for
 
 
 def join(config: Config) -> None:
@@ -42,10 +45,25 @@ def agreed_to_stop(stop: StopRequest, *, may_ask: bool) -> bool:
         return stop.requested
     if not may_ask:
         return False
-    agreed = int(multihost_utils.process_allgather(np.int32(stop.signal or 0)).max())
-    if agreed:  # else one may have arrived meanwhile, which the others hear of the next time
-        stop.signal = agreed
-    return agreed > 0
+    return _agreed(stop, lacking=False)[0]
+
+
+def arrived(lacking: Callable[[], bool], stop: StopRequest) -> bool:
+    """Return once no process of the run is ``lacking`` what all need; False once they are to stop instead."""
+    while True:
+        stopping, waiting = _agreed(stop, lacking())
+        if stopping or not waiting:
+            return not stopping
+        time.sleep(POLL_SECONDS)
+
+
+def _agreed(stop: StopRequest, lacking: bool) -> tuple[bool, bool]:
+    """Whether to stop, and whether anyone is lacking something: the answers of all processes in one."""
+    own = np.array([stop.signal or 0, lacking], np.int32)
+    signal, waiting = own if jax.process_count() == 1 else multihost_utils.process_allgather(own).max(axis=0)
+    if signal:  # else one may have arrived meanwhile, which the others hear of the next time
+        stop.signal = int(signal)
+    return bool(signal), bool(waiting)
 
 
 def wait_for_all() -> None:

@@ -1,6 +1,7 @@
 """Where the rows of a training run come from: one store, several mixed, or one that is still being written."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -18,7 +19,7 @@ from saex_pipe.common.llm.taps import matching
 from saex_pipe.common.preemption import StopRequest
 from saex_pipe.common.shuffle import TrancheOrder
 from saex_pipe.stages.train.config import Config
-from saex_pipe.stages.train.processes import is_first
+from saex_pipe.stages.train.processes import arrived, is_first
 
 MOST_MATES = 1.0
 _SMALLEST_POOL, _LARGEST_POOL = 1 << 30, 8 << 30
@@ -133,6 +134,24 @@ def first_rows(config: Config, store: Rows, taps: tuple[str, ...], *, resumed: b
     with make_reader(config, store, taps) as reader:
         batches = [reader.batch(step, slice(None)) for step in range(-(-count // config.batch_rows))]
         return {tap: np.concatenate([batch[tap] for batch in batches])[:count].astype(np.float32) for tap in taps}
+
+
+class Arrivals:
+    """Waits for the rows of a store that is still being written, all processes of a run together."""
+
+    def __init__(self, reader: Reader, batch_rows: int, stop: StopRequest) -> None:
+        self._order, self._batch_rows, self._stop = tranche_order(reader), batch_rows, stop
+        self.waiting_seconds = 0.0
+
+    def has(self, step: int) -> bool:
+        """True once the rows of ``step`` are there, False once the run is to stop instead."""
+        order, last = self._order, (step + 1) * self._batch_rows - 1
+        if order is None or order.knows(last):
+            return True
+        start = time.monotonic()
+        found = arrived(lambda: order.would_wait(last), self._stop)
+        self.waiting_seconds += time.monotonic() - start
+        return found
 
 
 class Returns:

@@ -24,7 +24,7 @@ from saex_pipe.stages.train.export import exported
 from saex_pipe.stages.train.learner import Learner, shape_of
 from saex_pipe.stages.train.processes import agreed_to_stop, join, output_of_all
 from saex_pipe.stages.train.report import REPORT, Facts, read_events, report
-from saex_pipe.stages.train.rows import Returns, Sides, make_reader, open_rows
+from saex_pipe.stages.train.rows import Arrivals, Returns, Sides, make_reader, open_rows
 
 _LOG_EVERY_STEPS = 10
 # SAEs that agree in these read the same batches.
@@ -115,6 +115,7 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
         member.saves.forget_after(cohort.start)
     crew = Crew(learners, cohort.start)
     reader = make_reader(shared, store, sides.taps)
+    arrivals = Arrivals(reader, shared.batch_rows, stop)
     given_back = Returns(shared, store, reader, cohort.members[0].output.digest)
     steps = math.ceil(shared.rows / shared.batch_rows)
     total, done = steps * shared.batch_rows, cohort.start * shared.batch_rows
@@ -124,7 +125,10 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
                 crew.save(step)
                 crew.wait()
                 given_back.release(step)
-            waited = reader.waiting_seconds
+            waited = reader.waiting_seconds + arrivals.waiting_seconds
+            if not arrivals.has(step):
+                crew.save(step)
+                stop.raise_if_requested()
             for learner, _ in learners:
                 if learner.configs[0].resamples_before(step):
                     learner.resample(step, reader)
@@ -136,8 +140,9 @@ def _train(cohort: Cohort, stop: StopRequest) -> list[str]:
             stopping = agreed_to_stop(stop, may_ask=looks)
             if stopping or looks:
                 shown = crew.look(step)
+            waited = reader.waiting_seconds + arrivals.waiting_seconds - waited
             size = sum(rows_BD.nbytes for rows_BD in batch.values())
-            bar.advance(shared.batch_rows, bytes=size, waiting_seconds=reader.waiting_seconds - waited, **shown)
+            bar.advance(shared.batch_rows, bytes=size, waiting_seconds=waited, **shown)
             if stopping or due or last:
                 crew.save(step + 1)
             if stopping and not last:

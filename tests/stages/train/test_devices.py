@@ -166,15 +166,36 @@ def test_a_signal_that_arrives_while_processes_agree_is_not_lost(monkeypatch):
 
     def gathered(value):
         stop.signal = signal.SIGTERM
-        return np.array([0, value])
+        return np.stack([np.zeros(2, np.int32), value])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
     assert [processes.agreed_to_stop(stop, may_ask=ask) for ask in (True, False, True)] == [False, False, True]
     stop.signal = None
-    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda value: np.array([signal.SIGTERM, value]))
+    monkeypatch.setattr(
+        processes.multihost_utils, "process_allgather", lambda value: np.stack([value, [signal.SIGTERM, 0]])
+    )
     assert processes.agreed_to_stop(stop, may_ask=True)
     assert stop.signal == signal.SIGTERM, "one's signal is that of all"
+
+
+def test_processes_wait_together_for_rows_that_one_of_them_lacks(monkeypatch):
+    others = iter([[0, 1], [0, 0], [0, 1], [signal.SIGTERM, 1]])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        processes.multihost_utils, "process_allgather", lambda value: np.stack([value, np.array(next(others))])
+    )
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.0)
+    stop = StopRequest()
+    assert processes.arrived(lambda: False, stop)
+    assert len(list(others)) == 2, "as soon as no one lacks any"
+    others = iter([[0, 1], [signal.SIGTERM, 1]])
+    assert not processes.arrived(lambda: False, stop)
+    assert stop.signal == signal.SIGTERM
+    stop.signal, others = None, iter([[0, 0], [0, 0]])
+    lacking = iter([True, False])
+    assert processes.arrived(lambda: next(lacking), stop)
+    assert not list(others)
 
 
 def trained_by_two(*settings):

@@ -1,6 +1,7 @@
 """Training on a store that is still being written, and on several at once."""
 
 import itertools
+import signal
 import threading
 import time
 
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 from small_store import SmallStore, whole_store
 
-from saex_pipe.common.errors import InputError, SaexError
+from saex_pipe.common.errors import InputError, PreemptedError, SaexError
 from saex_pipe.common.formats import followed_store
 from saex_pipe.common.formats.checkpoint import read_sae
 from saex_pipe.common.formats.followed_store import Room, freed_below
 from saex_pipe.common.formats.row_reader import RowReader
 from saex_pipe.common.formats.zarr_array import Tiling
 from saex_pipe.common.preemption import graceful_stop
+from saex_pipe.stages.train import processes, rows
 from saex_pipe.stages.train import run as train
 from saex_pipe.stages.train.config import Config
 from saex_pipe.stages.train.learner import Learner
@@ -52,6 +54,7 @@ def impatient(monkeypatch):
         wait(self, ready_in_time)
 
     monkeypatch.setattr(followed_store, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(followed_store.FollowedStore, "_wait_for", wait_a_while)
 
 
@@ -137,24 +140,45 @@ def test_a_sample_of_rows_waits_for_nothing_beyond_the_first_tranche(tmp_path, m
     assert rows == followed.statistics(sides.taps[0]).count // 32 * 32
 
 
-def test_a_follower_that_is_stopped_goes_on_where_it_was(tmp_path, expected, changes, monkeypatch):
-    store = SmallStore(tmp_path / "store", **SHAPE).start()
+@pytest.fixture
+def stopped_where_it_waits(monkeypatch):
+    """Where a run would wait for rows, SIGTERM arrives."""
+
+    def arrived(lacking, stop):
+        stop.signal = signal.SIGTERM if lacking() else None
+        return stop.signal is None
+
+    monkeypatch.setattr(rows, "arrived", arrived)
+
+
+def test_a_follower_that_is_stopped_while_it_waits_goes_on_where_it_was(
+    tmp_path, expected, changes, stopped_where_it_waits
+):
+    """With every step saved that there were rows for."""
+    store, out = SmallStore(tmp_path / "store", **SHAPE).start(), tmp_path / "sae"
     Room(store.folder, store.info, 6 * store.info.shard_bytes)
 
-    def end(self, ready):
-        if not ready():
-            raise SystemExit(75)
-
-    monkeypatch.setattr(followed_store.FollowedStore, "_wait_for", end)
-    for shards, freed in (((0, 1, 2), 0), ((3, 4), 2)):
+    for shards, freed, read in (((0, 1, 2), 0, range(2)), ((3, 4), 2, range(4))):
         store.write(*shards)
-        with pytest.raises(SystemExit):
-            run(store, tmp_path / "sae", **changes)
+        with pytest.raises(PreemptedError):
+            run(store, out, **changes)
         assert freed_below(store.folder) == freed
+        steps = len(store.kept_ids(*read)) // SETTINGS["batch_rows"]
+        assert steps % SETTINGS["checkpoint_every_steps"], "or it would be saved in any case"
+        assert max(int(path.name) for path in (out / "state").iterdir()) == steps
     store.write(5)
-    run(store, tmp_path / "sae", **changes)
+    run(store, out, **changes)
     assert freed_below(store.folder) == 4
-    check_same(weights(tmp_path / "sae"), expected)
+    check_same(weights(out), expected)
+
+
+def test_weights_that_have_diverged_are_not_saved_while_rows_are_awaited(tmp_path, stopped_where_it_waits, monkeypatch):
+    monkeypatch.setattr(train, "_LOG_EVERY_STEPS", 1000)
+    store = SmallStore(tmp_path / "store", **SHAPE).start().write(0, 1)
+    step = len(store.kept_ids(0, 1)) // SETTINGS["batch_rows"]
+    with pytest.raises(SaexError, match=f"at step {step}: training has diverged; there is no checkpoint yet"):
+        run(store, tmp_path / "sae", learning_rate=1e30, checkpoint_every_steps=1000)
+    assert not (tmp_path / "sae" / "state").exists()
 
 
 def tokens_drawn_from(monkeypatch, store, out, **changes):
