@@ -1,7 +1,7 @@
 """Sums over the rows of a batch, in one pass over the codes, and what has them for its gradient."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import jax
@@ -42,8 +42,19 @@ def _added(of: Callable[..., Array], *values_BF: Array) -> Array:
 
 @jax.custom_vjp
 def summed(values_BF: Float[Array, "B F"]) -> Float[Array, " F"]:
-    """The sum over rows."""
-    return over_batch(lambda values_BF: values_BF, values_BF)
+    """The sum over rows.
+
+    A product with ones is one pass: 2.3 ms for 2,048 x 9,216 numbers, parts of the rows 3.0, and 6 in a training step,
+    where XLA's CPU compiler takes the sum of the parts apart.
+    """
+    if jax.device_count() > 1:
+        return jnp.sum(values_BF, axis=0)
+    found: Array = jax.lax.platform_dependent(values_BF, cpu=_times_ones, default=partial(jnp.sum, axis=0))
+    return found
+
+
+def _times_ones(values_BF: Array) -> Array:
+    return jnp.matmul(jnp.ones(values_BF.shape[0]), values_BF, precision="highest")
 
 
 def _summed_forward(values_BF: Array) -> tuple[Array, int]:

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae import pairs as by_pairs
 from saex_pipe.common.sae.batch_sums import summed
-from saex_pipe.common.sae.bit_words import counts, entries, words
+from saex_pipe.common.sae.bit_words import WORD, counts, entries, words
 from saex_pipe.common.sae.compute import Compute, gradient_dtype
 from saex_pipe.common.sae.crossover import Product, Sizes, gathers_pay
 from saex_pipe.common.sae.matmul import centred_matmul, matmul, over_rows
@@ -36,6 +36,9 @@ from saex_pipe.common.sae.stack import largest_of_stack
 # Latents per active one; each is compiled for, and the first that holds all active codes runs.
 SHARES = (512, 256, 128)
 TPU_SHARES = (16384, 4096)
+# Counting goes over all codes; every n-th row tells whether it is worth it.
+SAMPLED_ROWS = 64
+SURELY_MANY = 32  # one of so many latents active in the sample: several times what the largest share has
 
 Cuts: TypeAlias = tuple[int, ...]  # where groups of latents begin, and where the last one ends
 
@@ -149,6 +152,12 @@ class _How(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _decoded(how: _How, codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array) -> Float[Array, "G B D"]:
     """On a mesh of one device's own codes and weights, and without a sum over devices."""
+    return _decoded_forward(how, codes_BF, wanted_BF, w_dec_FD)[0]
+
+
+def _decoded_forward(
+    how: _How, codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array
+) -> tuple[Array, tuple[Array, Array | None, Array, Array]]:
     rows, (latents, width) = codes_BF.shape[0], w_dec_FD.shape
 
     def dense() -> Array:
@@ -160,18 +169,15 @@ def _decoded(how: _How, codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Arra
         sums_ND = by_pairs.sum_by(keys_P, found.of(codes_BF), found.latents_P, w_dec_FD, start_ND)
         return sums_ND.reshape(how.groups, rows, width)
 
-    result: Array = _switch(_words(codes_BF), codes_BF.shape, width, ("sum",), how.compute, dense, sparse)
-    return result
+    words_BW = _words(codes_BF)
+    result = _switch(words_BW, codes_BF.shape, width, ("sum",), how.compute, dense, sparse)
+    return result, (codes_BF, wanted_BF, w_dec_FD, words_BW)
 
 
-def _decoded_forward(
-    how: _How, codes_BF: Array, wanted_BF: Array | None, w_dec_FD: Array
-) -> tuple[Array, tuple[Array, Array | None, Array]]:
-    return _decoded(how, codes_BF, wanted_BF, w_dec_FD), (codes_BF, wanted_BF, w_dec_FD)
-
-
-def _decoded_backward(how: _How, saved: tuple[Array, Array | None, Array], out_GBD: Array) -> tuple[Array, None, Array]:
-    codes_BF, wanted_BF, w_dec_FD = saved
+def _decoded_backward(
+    how: _How, saved: tuple[Array, Array | None, Array, Array], out_GBD: Array
+) -> tuple[Array, None, Array]:
+    codes_BF, wanted_BF, w_dec_FD, words_BW = saved
     rows, (latents, width) = codes_BF.shape[0], w_dec_FD.shape
     out_ND = out_GBD.reshape(-1, width)
 
@@ -199,7 +205,6 @@ def _decoded_backward(how: _How, saved: tuple[Array, Array | None, Array], out_G
         return by_pairs.sum_by(found.latents_P, found.of(codes_BF), rows_of(found), out_ND, start_FD)
 
     switch = partial(_switch, shape=codes_BF.shape, width=width, compute=how.compute)
-    words_BW = _words(codes_BF)
     if wanted_BF is None and not how.held:  # one list serves both
         to_both: tuple[Array, Array] = switch(
             words_BW,
@@ -208,7 +213,7 @@ def _decoded_backward(how: _How, saved: tuple[Array, Array | None, Array], out_G
             sparse=lambda found: (sparse_to_codes(found), sparse_to_weights(found)),
         )
         return to_both[0], None, to_both[1]
-    wanted_BW = words_BW if wanted_BF is None else words_BW | words(wanted_BF, lambda part: part)
+    wanted_BW = words_BW if wanted_BF is None else words_BW | _words(wanted_BF)
     to_codes = switch(wanted_BW, products=("dot",), dense=dense_to_codes, sparse=sparse_to_codes)
     if how.held:
         return to_codes, None, jnp.zeros_like(w_dec_FD)
@@ -261,9 +266,18 @@ class _Found(NamedTuple):
         return jnp.where(self.there_P, values_BF[self.rows_P, self.latents_P], 0.0)
 
 
-def _words(values_BF: Float[Array, "B F"]) -> UInt32[Array, "B W"]:
-    """Which entries are not 0, as ``bit_words``."""
-    return words(values_BF, lambda part: part != 0)
+def _words(values_BF: Shaped[Array, "B F"]) -> UInt32[Array, "B W"]:
+    """Which entries are not 0, as ``bit_words``; all of them where a sample of the rows has far too many to be few."""
+
+    def of(values_BF: Array) -> Array:
+        return words(values_BF, lambda part: part != jnp.zeros((), part.dtype))
+
+    sample_BF = values_BF[::SAMPLED_ROWS]
+    found = jnp.sum(counts(of(sample_BF)), dtype=jnp.int32)
+    may_be_few = largest_of_stack((found <= sample_BF.size // SURELY_MANY).astype(jnp.int32))
+    everything = jnp.full((values_BF.shape[0], -(-values_BF.shape[1] // WORD)), ~jnp.uint32(0))
+    result: Array = jax.lax.cond(may_be_few > 0, of, lambda _: everything, values_BF)
+    return result
 
 
 def _switch(

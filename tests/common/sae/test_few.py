@@ -55,6 +55,24 @@ def test_decoding_and_its_gradients(active: int, held: bool) -> None:
     close(dw_FD, np.zeros_like(w_FD) if held else codes_BF.T @ out_BD)
 
 
+@pytest.mark.parametrize(("row", "active", "dense"), [(0, 32, False), (0, 33, True), (1, 33, False), (1, 500, True)])
+def test_where_a_sample_of_the_rows_has_many_they_are_not_counted(row: int, active: int, dense: bool) -> None:
+    """Here the sample is the first row, and a 32th of the latents is many."""
+    codes_BF = np.zeros((ROWS, LATENTS), np.float32)
+    codes_BF[row, :active] = 2.0
+    w_FD, out_BD = arrays(1, (LATENTS, WIDTH), (ROWS, WIDTH))
+
+    @jax.jit
+    def both(codes_BF: jax.Array, w_FD: jax.Array, out_BD: jax.Array) -> tuple:
+        recon_BD, back = jax.vjp(lambda codes: few.decoded(codes, w_FD, PLAIN), codes_BF)
+        return recon_BD, *back(out_BD)
+
+    recon_BD, dcodes_BF = both(codes_BF, w_FD, out_BD)
+    close(recon_BD, codes_BF @ w_FD)
+    expected_BF = out_BD @ w_FD.T
+    close(dcodes_BF, expected_BF if dense else np.where(codes_BF != 0, expected_BF, 0))
+
+
 def test_codes_of_0_get_the_gradient_that_is_wanted() -> None:
     wanted_BF = np.zeros((ROWS, LATENTS), bool)
     wanted_BF.ravel()[:: wanted_BF.size // (LIMITS[-1] // 2)] = True
