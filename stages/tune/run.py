@@ -31,7 +31,7 @@ from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
 from saex_pipe.common.sae.optimiser import adam
 from saex_pipe.common.sae.saelens import from_saelens, to_saelens
 from saex_pipe.stages.tune.config import Config
-from saex_pipe.stages.tune.step import Splice, TuneState, TuneTerms, Windows, make_step
+from saex_pipe.stages.tune.step import Splice, TuneState, TuneTerms, Windows, lengths_of_rows, make_step
 
 _LOG_EVERY_STEPS = 5
 _OF_A_FULL_RATE = 0.1  # how fast an SAE that is nearly done learns
@@ -53,7 +53,7 @@ def run(config: Config, *, force: bool = False) -> Manifest:
         normalisers = _normalisers(reader, row_norm=sae.row_norm)
         params = unfold(variant, sae.params, normalisers)
         optimiser = adam(batches.steps)
-        step_fn = _compiled(config, variant, reader.splice, normalisers, batches.steps)
+        step_fn = _compiled(config, variant, lengths_of_rows(params), reader.splice, normalisers, batches.steps)
         state = TuneState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
         terms = TuneTerms(*(jnp.zeros(()) for _ in TuneTerms._fields))
 
@@ -195,10 +195,11 @@ def _normalisers(reader: Reader, *, row_norm: bool) -> Normalisers:
 
 
 def _compiled(
-    config: Config, variant: Variant, splice: Splice, normalisers: Normalisers, steps: int
+    config: Config, variant: Variant, lengths_F: jax.Array, splice: Splice, normalisers: Normalisers, steps: int
 ) -> Callable[..., tuple[TuneState, TuneTerms]]:
     step = make_step(
         variant,
+        lengths_F,
         splice,
         normalisers,
         adam(steps),

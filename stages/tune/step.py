@@ -13,6 +13,9 @@ next-token cross-entropy. a brings O to the size of R, so that b alone weighs th
 
 Rows are those of the model as it is: nothing below the splice depends on the SAE. The mean and spread that layer_norm
 takes off a row and puts back on its reconstruction are therefore constants; no gradient goes through them.
+
+What the variant keeps the decoder's rows at in units of training, 1, is here the length that each of them has in the
+SAE: in raw units they are as long as its normalisation made them, each by another length where it was whitening.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +31,7 @@ from saex_pipe.common.llm.cross_entropy import next_token_losses
 from saex_pipe.common.llm.decoder import apply
 from saex_pipe.common.llm.params import LanguageModel
 from saex_pipe.common.sae.compute import Compute
-from saex_pipe.common.sae.contract import Moment, Params, Variant
+from saex_pipe.common.sae.contract import Moment, Params, Variant, row_norms
 from saex_pipe.common.sae.normalisation import Normalisers
 
 _EPSILON = 1e-8
@@ -70,8 +73,15 @@ class Splice(NamedTuple):
     base: str | None  # tap from which passes resume; None: from the tokens
 
 
+def lengths_of_rows(params: Params) -> Float[Array, " F"]:
+    """Of the decoder; 1 for a row of zeros."""
+    norms_F = row_norms(params["w_dec_FD"])
+    return jnp.where(norms_F > 0, norms_F, 1.0)
+
+
 def make_step(
     variant: Variant,
+    lengths_F: Float[Array, " F"],
     splice: Splice,
     normalisers: Normalisers,
     optimiser: optax.GradientTransformation,
@@ -81,7 +91,19 @@ def make_step(
     balance: float,
     compute: Compute,
 ) -> Callable[[LanguageModel, TuneState, Windows, Mapping[str, Array]], tuple[TuneState, TuneTerms]]:
-    """The pure function ``step(model, state, windows, found)``; ``found`` holds the taps of the model as it is."""
+    """The pure function ``step(model, state, windows, found)``; ``found`` holds the taps of the model as it is.
+
+    ``lengths_F`` stand for 1 where the variant constrains the decoder's rows.
+    """
+
+    def per_length(params: Params) -> Params:
+        return {**params, "w_dec_FD": params["w_dec_FD"] / lengths_F[:, None]}
+
+    def constrained(params: Params) -> Params:
+        if variant.decoder_rows == "free":
+            return params
+        params = variant.constrain(per_length(params))
+        return {**params, "w_dec_FD": params["w_dec_FD"] * lengths_F[:, None]}
 
     def spliced(model: LanguageModel, params: Params, windows: Windows, found: Mapping[str, Array]) -> Array:
         """The objective, in nats per predicted token."""
@@ -117,11 +139,11 @@ def make_step(
         model: LanguageModel, state: TuneState, windows: Windows, found: Mapping[str, Array]
     ) -> tuple[TuneState, TuneTerms]:
         gradients, terms = jax.grad(loss, has_aux=True)(state.params, model, windows, found)
-        gradients = variant.project_gradients(state.params, gradients)
+        gradients = variant.project_gradients(per_length(state.params), gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by int32 counters
             updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         moved: dict[str, Any] = {name: leaf + learning_rate * updates[name] for name, leaf in state.params.items()}
-        after = TuneState(variant.constrain(moved), opt_state, state.step + 1)
+        after = TuneState(constrained(moved), opt_state, state.step + 1)
         return after, terms._replace(gradient_norm=optax.tree.norm(gradients))
 
     return step
