@@ -34,7 +34,7 @@ from saex_pipe.common.sae.sparse import dots
 from saex_pipe.common.sae.stack import largest_of_stack
 
 # Latents per active one; each is compiled for, and the first that holds all active codes runs.
-SHARES = (512, 256, 128)
+SHARES = (512, 256, 128, 64)
 TPU_SHARES = (16384, 4096)
 # Counting goes over all codes; every n-th row tells whether it is worth it.
 SAMPLED_ROWS = 64

@@ -14,7 +14,7 @@ from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.matmul import over_rows, written_out
 
 ROWS, WIDTH, LATENTS = 16, 24, 1024
-LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32, 64 and 128 entries
+LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32, 64, 128 and 256 entries
 
 
 def sparse_codes(active: int, seed: int = 0) -> np.ndarray:
