@@ -1,44 +1,32 @@
 """Products with codes of which few are active, though how many is known only once the codes are there.
 
-Of a ReLU's latents half are active at first and, once it is trained, a hundredth or less. So these products count, and
-go by way of the active codes alone (``pairs``) where there are at most rows F / share of them for one of the shares
-that are compiled for, or else densely. Both give the same within float32 rounding, but for one thing: by way of pairs
-no gradient reaches a code that is 0, unless it is named as wanted. What makes codes of pre-activations must not ask for
-it, as a ReLU does not; a jump does, near its threshold.
-
-On a mesh each device counts its own part of the codes, and decides for itself.
+Of a ReLU's latents half are active at first and, once it is trained, a hundredth or less. So these products go by
+the active codes alone (``pairs``) where those are few (``counted``), or else densely. Both give the same within float32
+rounding, but for one thing: by way of pairs no gradient reaches a code that is 0, unless it is named as wanted. What
+makes codes of pre-activations must not ask for it, as a ReLU does not; a jump does, near its threshold.
 
 On two cores a ReLU step at L0 = 32 takes half the time so (B=2048, D=576, F=9216). TPUs, whose matrix units are faster
 than their gathers by more, do so for products of which their roofline says it pays (see ``crossover``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from saex_pipe.common.mesh import DATA, MODEL
 from saex_pipe.common.sae import pairs as by_pairs
 from saex_pipe.common.sae.batch_sums import summed
-from saex_pipe.common.sae.bit_words import WORD, counts, entries, words
 from saex_pipe.common.sae.compute import Compute, gradient_dtype
-from saex_pipe.common.sae.crossover import Product, Sizes, gathers_pay
+from saex_pipe.common.sae.counted import Entries, nonzero, switch
 from saex_pipe.common.sae.matmul import centred_matmul, matmul, over_rows
 from saex_pipe.common.sae.sharded import on_each_device
 from saex_pipe.common.sae.sparse import dots
-from saex_pipe.common.sae.stack import largest_of_stack
-
-# Latents per active one; each is compiled for, and the first that holds all active codes runs.
-SHARES = (512, 256, 128, 64)
-TPU_SHARES = (16384, 4096)
-# Counting goes over all codes; every n-th row tells whether it is worth it.
-SAMPLED_ROWS = 64
-SURELY_MANY = 32  # one of so many latents active in the sample: several times what the largest share has
 
 Cuts: TypeAlias = tuple[int, ...]  # where groups of latents begin, and where the last one ends
 
@@ -117,11 +105,11 @@ def _encoded_backward(compute: Compute, saved: tuple[Array, Array, Array], out_B
     def dense() -> Array:
         return over_rows(out_BF, centred_BD, gradient_dtype(compute.dtype))
 
-    def sparse(found: _Found) -> Array:
+    def sparse(found: Entries) -> Array:
         weights_P = found.of(out_BF)
         return by_pairs.sum_by(found.latents_P, weights_P, found.rows_P, centred_BD, jnp.zeros_like(w_enc_FD))
 
-    dw_enc_FD = _switch(_words(out_BF), out_BF.shape, x_BD.shape[1], ("scatter",), compute, dense, sparse)
+    dw_enc_FD = switch(nonzero(out_BF), out_BF.shape, x_BD.shape[1], ("scatter",), compute, dense, sparse)
     db_pre_D = -(summed(out_BF) @ w_enc_FD)
     # The compiler drops dx where nobody asks for it, as in training.
     return matmul(out_BF, w_enc_FD, gradient_dtype(compute.dtype)), db_pre_D, dw_enc_FD
@@ -163,14 +151,14 @@ def _decoded_forward(
     def dense() -> Array:
         return _of_shard(how, latents, partial(_groups, codes_BF, w_dec_FD, how.compute))
 
-    def sparse(found: _Found) -> Array:
+    def sparse(found: Entries) -> Array:
         start_ND = jnp.zeros((how.groups * rows, width), jnp.float32)
         keys_P = how.group_of(found.latents_P, latents) * rows + found.rows_P
         sums_ND = by_pairs.sum_by(keys_P, found.of(codes_BF), found.latents_P, w_dec_FD, start_ND)
         return sums_ND.reshape(how.groups, rows, width)
 
-    words_BW = _words(codes_BF)
-    result = _switch(words_BW, codes_BF.shape, width, ("sum",), how.compute, dense, sparse)
+    words_BW = nonzero(codes_BF)
+    result = switch(words_BW, codes_BF.shape, width, ("sum",), how.compute, dense, sparse)
     return result, (codes_BF, wanted_BF, w_dec_FD, words_BW)
 
 
@@ -193,32 +181,32 @@ def _decoded_backward(
 
         return _of_shard(how, latents, back)
 
-    def rows_of(found: _Found) -> Array:
+    def rows_of(found: Entries) -> Array:
         return how.group_of(found.latents_P, latents) * rows + found.rows_P
 
-    def sparse_to_codes(found: _Found) -> Array:
+    def sparse_to_codes(found: Entries) -> Array:
         dvalues_P = jnp.where(found.there_P, dots(out_ND, w_dec_FD, rows_of(found), found.latents_P), 0.0)
         return jnp.zeros_like(codes_BF).at[found.rows_P, found.latents_P].add(dvalues_P)
 
-    def sparse_to_weights(found: _Found) -> Array:
+    def sparse_to_weights(found: Entries) -> Array:
         start_FD = jnp.zeros_like(w_dec_FD)
         return by_pairs.sum_by(found.latents_P, found.of(codes_BF), rows_of(found), out_ND, start_FD)
 
-    switch = partial(_switch, shape=codes_BF.shape, width=width, compute=how.compute)
+    by_words = partial(switch, shape=codes_BF.shape, width=width, compute=how.compute)
     if wanted_BF is None and not how.held:  # one list serves both
-        to_both: tuple[Array, Array] = switch(
+        to_both: tuple[Array, Array] = by_words(
             words_BW,
             products=("dot", "scatter"),
             dense=lambda: (dense_to_codes(), dense_to_weights()),
             sparse=lambda found: (sparse_to_codes(found), sparse_to_weights(found)),
         )
         return to_both[0], None, to_both[1]
-    wanted_BW = words_BW if wanted_BF is None else words_BW | _words(wanted_BF)
-    to_codes = switch(wanted_BW, products=("dot",), dense=dense_to_codes, sparse=sparse_to_codes)
+    wanted_BW = words_BW if wanted_BF is None else words_BW | nonzero(wanted_BF)
+    to_codes = by_words(wanted_BW, products=("dot",), dense=dense_to_codes, sparse=sparse_to_codes)
     if how.held:
         return to_codes, None, jnp.zeros_like(w_dec_FD)
     # Codes of 0 add nothing here.
-    to_weights = switch(words_BW, products=("scatter",), dense=dense_to_weights, sparse=sparse_to_weights)
+    to_weights = by_words(words_BW, products=("scatter",), dense=dense_to_weights, sparse=sparse_to_weights)
     return to_codes, None, to_weights
 
 
@@ -252,57 +240,3 @@ def _of_shard(how: _How, own: int, function: Callable[[Cuts], Array]) -> Array:
     kind = jnp.array([kinds.index(each) for each in cuts], jnp.int32)[jax.lax.axis_index(MODEL)]
     result: Array = jax.lax.switch(kind, [partial(function, each) for each in kinds])
     return result
-
-
-class _Found(NamedTuple):
-    """Entries of a matrix of codes, by row."""
-
-    rows_P: Int[Array, " P"]
-    latents_P: Int[Array, " P"]
-    there_P: Bool[Array, " P"]  # what is not, is padding and has row and latent 0
-
-    def of(self, values_BF: Float[Array, "B F"]) -> Float[Array, " P"]:
-        """The values at these entries, 0 for padding."""
-        return jnp.where(self.there_P, values_BF[self.rows_P, self.latents_P], 0.0)
-
-
-def _words(values_BF: Shaped[Array, "B F"]) -> UInt32[Array, "B W"]:
-    """Which entries are not 0, as ``bit_words``; all of them where a sample of the rows has far too many to be few."""
-
-    def of(values_BF: Array) -> Array:
-        return words(values_BF, lambda part: part != jnp.zeros((), part.dtype))
-
-    sample_BF = values_BF[::SAMPLED_ROWS]
-    found = jnp.sum(counts(of(sample_BF)), dtype=jnp.int32)
-    may_be_few = largest_of_stack((found <= sample_BF.size // SURELY_MANY).astype(jnp.int32))
-    everything = jnp.full((values_BF.shape[0], -(-values_BF.shape[1] // WORD)), ~jnp.uint32(0))
-    result: Array = jax.lax.cond(may_be_few > 0, of, lambda _: everything, values_BF)
-    return result
-
-
-def _switch(
-    words_BW: Array,
-    shape: tuple[int, ...],
-    width: int,
-    products: Sequence[Product],
-    compute: Compute,
-    dense: Callable[[], Any],
-    sparse: Callable[[_Found], Any],
-) -> Any:
-    """``sparse`` of the entries in ``words_BW`` if they are few, else ``dense``; both compute ``products``."""
-    sizes = limits(shape, width, products, compute)
-    if not sizes:
-        return dense()
-    branch = jnp.sum(jnp.sum(counts(words_BW), dtype=jnp.int32) > jnp.array(sizes), dtype=jnp.int32)
-    found = [partial(lambda most: sparse(_Found(*entries(words_BW, most))), most) for most in sizes]
-    return jax.lax.switch(largest_of_stack(branch), [*found, dense])
-
-
-def limits(shape: tuple[int, ...], width: int, products: Sequence[Product], compute: Compute) -> list[int]:
-    """Numbers of entries of one device's codes [B, F] that are compiled for; none where only the dense way is."""
-    rows, latents = shape
-    if rows * latents >= 1 << 31:  # more than are counted here
-        return []
-    shares = SHARES if compute.tpu is None else TPU_SHARES
-    sizes = [Sizes(rows, width, latents, latents // share) for share in shares if share <= latents]
-    return [rows * each.active for each in sizes if gathers_pay(products, each, compute)]

@@ -13,7 +13,7 @@ from sae_references import unexplained
 
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.contract import LossTerms, Moment, Params, Variant
-from saex_pipe.common.sae.few import SHARES
+from saex_pipe.common.sae.counted import SHARES
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.jumprelu import JumpRelu
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from saex_pipe.common.sae import compute as compute_module
-from saex_pipe.common.sae import few
+from saex_pipe.common.sae import counted
 from saex_pipe.common.sae.compute import Compute
 from saex_pipe.common.sae.crossover import CPU_LATENTS_PER_ACTIVE, Product, Sizes, expected_seconds, gathers_pay, way
 
@@ -91,7 +91,7 @@ def test_on_tpus_few_of_unknown_number_are_gone_by_in_large_dictionaries_only(
     monkeypatch.setattr(compute_module, "tpu_kind", lambda device: kind)
 
     def limits(shape: tuple[int, int], products: Sequence[Product] = ("sum",), **compute: str) -> list[int]:
-        return few.limits(shape, 2304, products, Compute(**compute))
+        return counted.limits(shape, 2304, products, Compute(**compute))
 
     assert limits((4096, 1 << 16)) == [4096 * 4, 4096 * 16]
     # A scatter writes all weights, and a row of them for each active latent several times over.

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from saex_pipe.common.mesh import make_mesh
-from saex_pipe.common.sae import few
+from saex_pipe.common.sae import counted, few
 from saex_pipe.common.sae.batch_sums import over_batch, rows_above_zero, scaled, shifted, summed
 from saex_pipe.common.sae.compute import PLAIN, Compute
 from saex_pipe.common.sae.matmul import over_rows, written_out
 
 ROWS, WIDTH, LATENTS = 16, 24, 1024
-LIMITS = [ROWS * (LATENTS // share) for share in few.SHARES]  # 32, 64, 128 and 256 entries
+LIMITS = [ROWS * (LATENTS // share) for share in counted.SHARES]  # 32, 64, 128 and 256 entries
 
 
 def sparse_codes(active: int, seed: int = 0) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_each_device_of_a_mesh_goes_by_what_is_active_of_its_own(model_axis: int
         close(recon_BD, codes_BF @ w_FD)
         close(dw_FD, codes_BF.T @ out_BD)
         parts = codes_BF.reshape(data, ROWS // data, model_axis, LATENTS // model_axis)
-        most = ROWS // data * (LATENTS // model_axis // few.SHARES[-1])
+        most = ROWS // data * (LATENTS // model_axis // counted.SHARES[-1])
         is_dense = np.broadcast_to(np.count_nonzero(parts, axis=(1, 3), keepdims=True) > most, parts.shape)
         assert is_dense.any()
         assert active == 3000 or not is_dense.all()
@@ -162,7 +162,7 @@ def test_groups_of_latents_that_begin_anywhere_among_the_shards(
     close(dw_FD, np.zeros_like(w_FD) if held else np.einsum("gbf,gbd->fd", own_GBF, out_GBD))
     reached_BF = (codes_BF != 0) | wanted_BF
     parts = reached_BF.reshape(data, ROWS // data, model_axis, LATENTS // model_axis)
-    most = ROWS // data * (LATENTS // model_axis // few.SHARES[-1])
+    most = ROWS // data * (LATENTS // model_axis // counted.SHARES[-1])
     is_dense = np.broadcast_to(np.count_nonzero(parts, axis=(1, 3), keepdims=True) > most, parts.shape)
     assert is_dense.any()
     assert not is_dense.all()

@@ -11,7 +11,7 @@ from sae_references import jumprelu as reference
 
 from saex_pipe.common.sae.compute import PLAIN
 from saex_pipe.common.sae.contract import Moment, Params
-from saex_pipe.common.sae.few import SHARES
+from saex_pipe.common.sae.counted import SHARES
 from saex_pipe.common.sae.initial import DataStats
 from saex_pipe.common.sae.jumprelu import PUBLISHED, JumpRelu
 from saex_pipe.common.sae.normalisation import Normaliser, Normalisers
